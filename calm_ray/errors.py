@@ -1,0 +1,15 @@
+"""The errors a user can meet, and the exit code each ends the program with."""
+
+from __future__ import annotations
+
+
+class CalmRayError(Exception):
+    """A failure that is explained in one message. All of these survive pickling, as Ray needs."""
+
+    exit_code = 1
+
+
+class InputError(CalmRayError):
+    """Something the user gave is wrong; the message names the field, or the file and row, and what to do."""
+
+    exit_code = 2

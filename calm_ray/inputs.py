@@ -1,0 +1,86 @@
+"""What a run starts from, checked before anything expensive: its questions and its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from calm_ray.config import WORLD, Config
+from calm_ray.errors import InputError
+from calm_ray.policies import BaseModel, require_safetensors
+from calm_ray.questions.reader import read_questions
+from calm_ray.rows import Question
+from calm_ray.sampling.prompts import letters
+
+
+@dataclass(frozen=True)
+class Inputs:
+    model: BaseModel
+    folder: Path
+    """Where the model is on this machine."""
+    align: list[Question]
+    evaluate: list[Question]
+    """Empty where the run has no held-out questions."""
+
+
+def prepare(config: Config) -> Inputs:
+    """Reads and checks a run's questions, and finds its model; for the demo, pretrains the world's model once.
+
+    Raises InputError for whatever a run could trip over later.
+    """
+    if config.model == WORLD:
+        return _prepare_world(config)
+    assert config.questions.align is not None
+    align = read_questions(config.questions.align, config.languages)
+    evaluate = []
+    if config.questions.evaluate is not None:
+        evaluate = read_questions(config.questions.evaluate, config.languages, needs_gold=True)
+    _check_model_name(config.model)
+    model = BaseModel(str(Path(config.model).expanduser()) if _is_path(config.model) else config.model)
+    folder = model.local_folder()
+    check_model(folder, align + evaluate)
+    return Inputs(model, folder, align, evaluate)
+
+
+def _prepare_world(config: Config) -> Inputs:
+    from calm_ray.world.generator import build_world, world_languages, world_questions
+
+    foreign = [code for code in config.languages if code not in world_languages()]
+    if foreign:
+        raise InputError(f"languages: the demo world speaks {', '.join(world_languages())}; it does not speak {foreign[0]}")
+    from calm_ray.world.pretraining import world_model
+
+    world = build_world(config.world.seed)
+    align, evaluate = (
+        [row for row in part if row["language"] in config.languages] for part in world_questions(world)
+    )
+    folder, sha256 = world_model(world)
+    return Inputs(BaseModel(folder.name, sha256=sha256), folder, align, evaluate)
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or Path(name).exists()
+
+
+def _check_model_name(name: str) -> None:
+    if _is_path(name) and not Path(name).expanduser().is_dir():
+        raise InputError(f"model: there is no folder {name}; give a folder with a Hugging Face model, or a name on the hub")
+    if not _is_path(name) and name.count("/") != 1:
+        raise InputError(f"model: {name!r} is neither a folder that exists nor a name on the hub (owner/name)")
+
+
+def check_model(folder: Path, questions: list[Question]) -> None:
+    """Raises InputError unless the folder holds a model as safetensors, and a tokenizer that can write the letters."""
+    from transformers import AutoTokenizer
+
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"model: {folder} holds no {name}; it is not a Hugging Face model folder")
+    require_safetensors(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"model: the tokenizer in {folder} has no end-of-sequence token")
+    needed = max((letters(row) for row in questions), key=len)
+    lost = [letter for letter in needed if letter not in tokenizer.decode(tokenizer.encode(f"Answer: {letter}"))]
+    if lost:
+        raise InputError(f"model: the tokenizer in {folder} cannot write the answer letters {', '.join(lost)}")

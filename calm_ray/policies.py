@@ -1,0 +1,89 @@
+"""Policies by name: the base model, or an immutable adapter or set of weights that a round wrote.
+
+Names change with every round and carry a hash of the weights, so no cache can serve an older policy under a newer name.
+A node reads a policy from its own disk: the cache folder `CALM_RAY_CACHE` (default `~/.cache/calm_ray`) holds copies keyed
+by hash.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from calm_ray.errors import CalmRayError, InputError
+from calm_ray.rows import BASE_POLICY
+from calm_ray.storage import Storage, hash_folder
+
+
+def cache_folder() -> Path:
+    """The node-local cache."""
+    return Path(os.environ.get("CALM_RAY_CACHE", "~/.cache/calm_ray")).expanduser()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to load. `base` has neither a location nor a hash; its weights are the run's model."""
+
+    name: str = BASE_POLICY
+    round: int = 0
+    kind: Literal["base", "adapter", "weights"] = "base"
+    location: str = ""
+    """URI of the folder in the run's storage."""
+    sha256: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def local_folder(self) -> Path:
+        """The policy's folder on this node, fetched once and checked against its hash."""
+        return fetch(self.location, self.sha256, cache_folder() / "policies" / self.name)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model of a run. A folder or hub name is used as it is; the demo's model travels through the run's storage."""
+
+    name: str
+    """A folder that every node sees, a name on the Hugging Face hub, or the demo model's cache key."""
+    location: str = ""
+    """URI in the run's storage, for the demo's model."""
+    sha256: str = ""
+
+    def local_folder(self) -> Path:
+        """The model's folder on this node; downloads it from the hub, safetensors only, where it is a name there."""
+        if self.location:
+            return fetch(self.location, self.sha256, cache_folder() / "models" / self.name)
+        folder = Path(self.name).expanduser()
+        if folder.is_dir():
+            return folder
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        return Path(snapshot_download(self.name, allow_patterns=patterns))
+
+
+def fetch(location: str, sha256: str, folder: Path) -> Path:
+    """A copy of a folder of the run's storage on this node's disk; the same copy for all processes of the node."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        Storage(location).download("", folder)
+    if hash_folder(folder) != sha256:
+        raise CalmRayError(f"{folder} is not what {location} held when it was written; delete the folder and start again")
+    return folder
+
+
+def publish(folder: Path, storage: Storage, relative: str, round_number: int, kind: Literal["adapter", "weights"]) -> Policy:
+    """Copies a policy's folder into the run's storage and names it after its round and its hash."""
+    sha256 = hash_folder(folder)
+    storage.upload(folder, relative)
+    return Policy(f"r{round_number:04d}-{sha256[:8]}", round_number, kind, storage.uri(relative), sha256)
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raises InputError unless the folder's weights are safetensors and nothing else (no pickles are ever loaded)."""
+    names = [file.name for file in folder.iterdir()]
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+    if not any(name.endswith(".safetensors") for name in names):
+        raise InputError(f"{folder}: holds no *.safetensors weights ({', '.join(pickles) or 'none at all'}); convert them first")

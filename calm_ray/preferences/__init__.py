@@ -1,0 +1,1 @@
+"""Completions become votes, votes become pairs of a chosen and a rejected completion."""

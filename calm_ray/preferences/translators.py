@@ -1,0 +1,58 @@
+"""Carrying a winning completion into the losing side's language (CALM, section 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from calm_ray.languages import LANGUAGES
+from calm_ray.sampling.answers import extract_answer
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A completion to carry over. Its answer must survive as `answer`, one of `letters`."""
+
+    text: str
+    source: str
+    target: str
+    answer: str
+    letters: str
+
+
+class Translator(Protocol):
+    def carry(self, passages: Sequence[Passage]) -> list[str | None]:
+        """Each passage in its target language, or None where that failed."""
+        ...
+
+
+class ModelTranslator:
+    """The model itself, prompted through the engines.
+
+    `write` takes messages and returns the model's replies, in batches. A reply counts only if the same letter can be
+    read from it in the target language.
+    """
+
+    def __init__(self, write: Callable[[list[str]], list[str]]) -> None:
+        self._write = write
+
+    def carry(self, passages: Sequence[Passage]) -> list[str | None]:
+        # Many losing completions are paired with the same winner: each text is translated once.
+        distinct = list(dict.fromkeys(passages))
+        replies = dict(zip(distinct, self._write([_request(passage) for passage in distinct]), strict=True))
+        return [_checked(passage, replies[passage]) for passage in passages]
+
+
+def _request(passage: Passage) -> str:
+    source, target = LANGUAGES[passage.source], LANGUAGES[passage.target]
+    return (
+        f"Translate the following text from {source.name} into {target.name}. "
+        f'Begin with "{target.explanation}" and end with the line "{target.answer}{target.space}{passage.answer}". '
+        f"Write only the translation.\n\n{passage.text.strip()}\n"
+    )
+
+
+def _checked(passage: Passage, reply: str) -> str | None:
+    text = reply.strip()
+    return text if extract_answer(text, passage.target, passage.letters) == passage.answer else None

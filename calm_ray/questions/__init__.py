@@ -1,0 +1,1 @@
+"""Questions in: read, checked, and written into the run in chunks that hold the same questions in every language."""

@@ -1,0 +1,51 @@
+"""The method on one screen: sample, prefer, train, refresh, evaluate, and again from the new policy."""
+
+from __future__ import annotations
+
+
+from calm_ray.about import about
+from calm_ray.cluster import check_storage, cluster
+from calm_ray.config import Config
+from calm_ray.inputs import prepare
+from calm_ray.policies import Policy
+from calm_ray.progress import say
+from calm_ray.questions.reader import write_chunks
+from calm_ray.rundir import RunDir
+from calm_ray.sampling.engine import EngineSpec
+from calm_ray.sampling.pool import EnginePool
+from calm_ray.stages import Stages
+from calm_ray.summary import summarise
+
+
+def align(config: Config, *, overwrite: bool = False) -> RunDir:
+    """Runs a configuration from where it stands to its end; returns the run directory.
+
+    Raises InputError for bad input, before any engine starts, and for a run that is finished or differs.
+    """
+    run = RunDir(config.storage, config.name)
+    say(f"run: {run.uri}")
+    settings = config.model_dump(mode="json")
+    run.check(settings, overwrite)
+    inputs = prepare(config)
+    with cluster(config, say):
+        run.begin(settings, about(), overwrite)
+        check_storage(run.storage)
+        write_chunks(inputs.align, run.questions("align"), config.sampling.prompts_per_chunk)
+        write_chunks(inputs.evaluate, run.questions("evaluate"), config.sampling.prompts_per_chunk)
+        model = run.share_model(inputs.model, inputs.folder)
+        spec = EngineSpec(model, config.engines, config.train.lora, config.device, config.seed)
+        with EnginePool(spec, config.languages, say) as pool:
+            stages = Stages(config, run, model, pool)
+            policy = Policy()
+            stages.evaluate(0, policy)
+            summarise(config, run)
+            for number in range(1, config.rounds + 1):
+                stages.sample(number, policy)
+                stages.prefer(number)
+                policy = stages.train(number, policy)
+                stages.evaluate(number, policy)
+                summarise(config, run)
+            run.finish({"engine_starts": pool.starts, "engines": len(pool.engines)})
+    return run
+
+

@@ -1,0 +1,173 @@
+"""The rows that travel between the stages of a run: flat, typed records, one Arrow schema each.
+
+Rows are plain dictionaries with the keys below, because Ray Data and Parquet move Arrow tables.
+`schema(Row)` is the Arrow schema of a row type; `table(Row, rows)` and `rows_of(table)` convert.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints
+
+import pyarrow as pa
+
+BASE_POLICY = "base"
+"""Name of the policy before any training; later ones are `r0001-<sha8>` (round, hash of weights)."""
+
+
+class Question(TypedDict):
+    """One multiple-choice question in one language.
+
+    Produced by `questions`, consumed by `sampling`, `preferences` and `evaluation`.
+    The same `question_id` exists in every language, with `choices` parallel by index.
+
+    Example:
+        {"question_id": "q17", "language": "fr", "text": "Quel animal ... ?",
+         "choices": ["aigle", "ours"], "gold": "B", "subject": "animal"}
+    """
+
+    question_id: str
+    language: str
+    text: str
+    choices: list[str]
+    gold: str | None
+    """Letter of the right choice; only ever used to *report*, never to train."""
+    subject: str | None
+
+
+class Completion(TypedDict):
+    """One sampled answer. Produced by the engines, consumed by `preferences`.
+
+    Example:
+        {"question_id": "q17", "language": "fr", "sample": 2, "round": 1,
+         "text": "Explication : ...\\nRéponse : B", "prompt_token_ids": [5, 9], "token_ids": [7, 1],
+         "answer": "B", "policy": "base", "finish_reason": "stop"}
+    """
+
+    question_id: str
+    language: str
+    sample: int
+    round: int
+    text: str
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    """As the engine sampled them, the end-of-sequence token included; never re-tokenised."""
+    answer: str | None
+    policy: str
+    """The policy that wrote this row."""
+    finish_reason: str
+    """`stop` (the model ended it) or `length` (cut at `max_new_tokens`)."""
+
+
+class Vote(TypedDict):
+    """What the completions of one question say together. Produced and consumed by `preferences`.
+
+    Example:
+        {"question_id": "q17", "counts": {"A": 3, "B": 9}, "winner": "B", "agreement": 0.75,
+         "tied": False, "by_language": {"en": "B", "fr": "A"}}
+    """
+
+    question_id: str
+    counts: dict[str, int]
+    winner: str | None
+    """None where nobody could be read, or where a tie is dropped."""
+    agreement: float
+    """Share of the readable answers that the most frequent answer has, 0 to 1."""
+    tied: bool
+    by_language: dict[str, str | None]
+    """The winner inside each language alone, by the same tie rule."""
+
+
+class Pair(TypedDict):
+    """One preference. Produced by `preferences`, consumed by `training`.
+
+    The columns `prompt`, `chosen`, `rejected` are TRL's preference format: any TRL script reads it.
+
+    Example:
+        {"round": 1, "question_id": "q17", "pair": 0, "language": "fr", "prompt": "Quel ...",
+         "chosen": "... Réponse : B", "rejected": "... Réponse : A", "prompt_token_ids": [5, 9],
+         "chosen_token_ids": [8, 1], "rejected_token_ids": [7, 1], "chosen_answer": "B",
+         "rejected_answer": "A", "chosen_language": "en", "policy": "base"}
+    """
+
+    round: int
+    question_id: str
+    pair: int
+    """Numbers the pairs of a question."""
+    language: str
+    prompt: str
+    chosen: str
+    rejected: str
+    prompt_token_ids: list[int]
+    chosen_token_ids: list[int]
+    rejected_token_ids: list[int]
+    chosen_answer: str
+    rejected_answer: str
+    chosen_language: str
+    """The language the chosen side was written in before it was carried over into `language`."""
+    policy: str
+
+
+class Margin(TypedDict):
+    """What the reference policy says of a pair, before training. Produced and consumed by `training`.
+
+    Log-probabilities are sums over a completion's tokens, in nats.
+
+    Example:
+        {"question_id": "q17", "pair": 0, "reference": "base", "ref_chosen_logps": -21.5, "ref_rejected_logps": -3.25}
+    """
+
+    question_id: str
+    pair: int
+    reference: str
+    ref_chosen_logps: float
+    ref_rejected_logps: float
+
+
+class Prediction(TypedDict):
+    """A policy's greedy answer to a held-out question. Produced and consumed by `evaluation`.
+
+    Example:
+        {"question_id": "q90", "language": "ru", "answer": None, "text": "...", "policy": "base"}
+    """
+
+    question_id: str
+    language: str
+    answer: str | None
+    text: str
+    policy: str
+
+
+_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+
+
+def _arrow_type(hint: Any) -> tuple[pa.DataType, bool]:
+    """The Arrow type of an annotation, and whether it may be null."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, Union):
+        return _arrow_type(next(a for a in args if a is not type(None)))[0], True
+    if origin is list:
+        return pa.list_(_arrow_type(args[0])[0]), False
+    if origin is dict:
+        return pa.map_(_arrow_type(args[0])[0], _arrow_type(args[1])[0]), False
+    return _ARROW[hint], False
+
+
+def schema(row_type: type) -> pa.Schema:
+    """The Arrow schema of one of the row types above, columns in the order they are declared."""
+    fields = []
+    for name, hint in get_type_hints(row_type).items():
+        arrow, nullable = _arrow_type(hint)
+        fields.append(pa.field(name, arrow, nullable=nullable))
+    return pa.schema(fields)
+
+
+def table(row_type: type, rows: Iterable[Any]) -> pa.Table:
+    """Rows as an Arrow table of the type's schema; `pa.ArrowInvalid` where a value does not fit."""
+    return pa.Table.from_pylist(list(rows), schema=schema(row_type))
+
+
+def rows_of(data: pa.Table) -> list[Any]:
+    """The rows of a table, maps as dictionaries."""
+    return data.to_pylist(maps_as_pydicts="strict")

@@ -1,0 +1,152 @@
+"""The run directory: the only owner of the paths inside a run, and of what is finished in it.
+
+    STORAGE/NAME/
+      config.json            the resolved configuration, versions, git revision
+      summary.json           one entry for each round
+      metrics.jsonl          training metrics, one line a step
+      questions/             the questions as they were read
+      model/                 the demo world's model, for nodes that do not have it
+      rounds/1/sample/       Parquet, one file for each chunk and language
+      rounds/1/votes/        Parquet
+      rounds/1/pairs/        Parquet
+      rounds/1/train/        margins, and policy/: the adapter or the weights
+      rounds/1/evaluate/     Parquet
+
+A stage is finished when its `stage.json` is there, which is written last.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from calm_ray.errors import InputError
+from calm_ray.policies import BaseModel
+from calm_ray.storage import Storage
+
+STAGE_FILE = "stage.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One folder of a run, filled by one stage of one round. Picklable: workers write their chunks into it."""
+
+    storage: Storage
+    """Rooted at this stage's folder."""
+
+    @property
+    def is_finished(self) -> bool:
+        return self.storage.exists(STAGE_FILE)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was noted when the stage was finished."""
+        return dict(self.storage.read_json(STAGE_FILE))
+
+    def finish(self, record: dict[str, Any]) -> dict[str, Any]:
+        self.storage.write_json(STAGE_FILE, record)
+        return record
+
+    def chunks(self) -> set[str]:
+        """Names of the chunks that are there, each written whole."""
+        return {name.removesuffix(".parquet") for name in self.storage.files() if name.endswith(".parquet")}
+
+    def write(self, chunk: str, data: pa.Table) -> None:
+        self.storage.write_table(f"{chunk}.parquet", data)
+
+    def read_chunk(self, chunk: str) -> pa.Table:
+        return self.storage.read_table(f"{chunk}.parquet")
+
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        return self.storage.read_table("", columns)
+
+
+class RunDir:
+    """STORAGE/NAME."""
+
+    def __init__(self, storage: str, name: str) -> None:
+        self.storage = Storage(storage).under(name)
+
+    @property
+    def uri(self) -> str:
+        return self.storage.uri()
+
+    def stage(self, round_number: int, name: str) -> Stage:
+        return Stage(self.storage.under(f"rounds/{round_number}/{name}"))
+
+    def questions(self, split: Literal["align", "evaluate"]) -> Stage:
+        """The questions in chunks: a file holds the same questions in all languages."""
+        return Stage(self.storage.under(f"questions/{split}"))
+
+    def check(self, config: dict[str, Any], overwrite: bool) -> None:
+        """Raises InputError where a finished run, or one with another configuration, is in the way. Writes nothing."""
+        if overwrite or not self.storage.exists("config.json"):
+            return
+        if differences := _differences(self.config, config):
+            lines = "\n".join(f"  {line}" for line in differences)
+            raise InputError(
+                f"{self.uri} holds a run with another configuration:\n{lines}\n"
+                "Give this run another name, or add --overwrite to delete the old one."
+            )
+        if self.storage.exists("finished.json"):
+            raise InputError(
+                f"{self.uri} is finished. See it with `calm-ray show {self.uri}`; "
+                "give this run another name, or add --overwrite to delete it and start again."
+            )
+
+    def begin(self, config: dict[str, Any], about: dict[str, Any], overwrite: bool) -> None:
+        """Makes the directory of a new run; one that is gone on with keeps what it holds."""
+        if overwrite:
+            self.storage.delete("")
+        if not self.storage.exists("config.json"):
+            self.storage.write_json("config.json", {"config": config, **about})
+
+    def share_model(self, model: BaseModel, folder: Path) -> BaseModel:
+        """The model as every node can get it: the demo's is put into the run, once, for nodes that do not have it."""
+        if not model.sha256:
+            return model
+        if not self.storage.exists("model"):
+            self.storage.upload(folder, "model")
+        return replace(model, location=self.storage.uri("model"))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration of the run that is here; InputError where there is none."""
+        if not self.storage.exists("config.json"):
+            raise InputError(f"{self.uri}: there is no run here (no config.json)")
+        return dict(self.storage.read_json("config.json")["config"])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """summary.json; InputError where no round is finished yet."""
+        if not self.storage.exists("summary.json"):
+            raise InputError(f"{self.uri}: no round is finished yet (no summary.json)")
+        return dict(self.storage.read_json("summary.json"))
+
+    def finish(self, record: dict[str, Any]) -> None:
+        self.storage.write_json("finished.json", record)
+
+    def write_metrics(self, rounds: int) -> None:
+        """Gathers the rounds' training metrics into `metrics.jsonl`."""
+        lines: list[str] = []
+        for number in range(1, rounds + 1):
+            storage = self.stage(number, "train").storage
+            if storage.exists("metrics.json"):
+                lines += [json.dumps(row) for row in storage.read_json("metrics.json")]
+        self.storage.write("metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
+
+
+def _differences(before: Any, after: Any, path: str = "") -> list[str]:
+    """The leaves in which two configurations differ, one line each."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = dict.fromkeys([*before, *after])
+        return [
+            line
+            for key in keys
+            for line in _differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if before == after else [f"{path}: {before!r} there, {after!r} here"]

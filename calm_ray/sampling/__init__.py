@@ -1,0 +1,1 @@
+"""Questions become prompts, prompts become completions, completions become answers."""

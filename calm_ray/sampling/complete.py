@@ -1,0 +1,93 @@
+"""Questions in, completions or predictions out, through any `Generator`. Knows nothing of Ray or vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from calm_ray.rows import Completion, Prediction, Question
+from calm_ray.sampling.answers import extract_answer
+from calm_ray.sampling.generator import Decoding, Generated, Generator
+from calm_ray.sampling.prompts import letters, prompt_text
+from calm_ray.seeds import derive_seed
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
+    """A user's message as token ids, in the model's chat template where it has one."""
+    if not tokenizer.chat_template:
+        return list(tokenizer.encode(message))
+    return list(tokenizer.encode(_in_chat_template(tokenizer, message), add_special_tokens=False))
+
+
+def plain_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    """The text of which `tokenizer.encode` makes the same ids as `encode_prompt`, for users of the pairs' text."""
+    if not tokenizer.chat_template:
+        return message
+    text = _in_chat_template(tokenizer, message)
+    # The template writes a beginning-of-sequence token; many tokenizers put one in front of any text themselves.
+    bos = tokenizer.bos_token
+    adds_bos = bool(bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(bos) if adds_bos else text
+
+
+def _in_chat_template(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    chat = [{"role": "user", "content": message}]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+def complete(
+    generator: Generator,
+    questions: Sequence[Question],
+    decoding: Decoding,
+    *,
+    instruction: bool,
+    seed: int,
+    round_number: int,
+) -> list[Completion]:
+    """`decoding.samples` completions of each question, in the questions' order.
+
+    A question's seed is a hash of (seed, round, question, language), so it does not matter which engine it falls on.
+    """
+    prompts = [encode_prompt(generator.tokenizer, prompt_text(question, instruction)) for question in questions]
+    seeds = [derive_seed(seed, round_number, row["question_id"], row["language"]) for row in questions]
+    rows = []
+    for question, prompt, generated in zip(questions, prompts, generator.generate(prompts, decoding, seeds), strict=True):
+        for sample, completion in enumerate(generated):
+            rows.append(_row(question, prompt, completion, sample, round_number, generator.policy))
+    return rows
+
+
+def predict(
+    generator: Generator, questions: Sequence[Question], *, instruction: bool, max_new_tokens: int
+) -> list[Prediction]:
+    """The greedy answer to each question."""
+    greedy = Decoding(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=max_new_tokens)
+    rows = complete(generator, questions, greedy, instruction=instruction, seed=0, round_number=0)
+    return [
+        Prediction(
+            question_id=row["question_id"],
+            language=row["language"],
+            answer=row["answer"],
+            text=row["text"],
+            policy=row["policy"],
+        )
+        for row in rows
+    ]
+
+
+def _row(
+    question: Question, prompt: list[int], completion: Generated, sample: int, round_number: int, policy: str
+) -> Completion:
+    return Completion(
+        question_id=question["question_id"],
+        language=question["language"],
+        sample=sample,
+        round=round_number,
+        text=completion.text,
+        prompt_token_ids=prompt,
+        token_ids=completion.token_ids,
+        answer=extract_answer(completion.text, question["language"], letters(question)),
+        policy=policy,
+        finish_reason=completion.finish_reason,
+    )

@@ -1,0 +1,187 @@
+"""The vLLM engine inside a Ray actor: starts once for a run, takes every round's policy while it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from transformers import PreTrainedTokenizerBase
+
+from calm_ray.config import Engines, Lora
+from calm_ray.policies import BaseModel, Policy, require_safetensors
+from calm_ray.rows import BASE_POLICY, Completion, Prediction, Question, rows_of, table
+from calm_ray.rundir import Stage
+from calm_ray.sampling.complete import complete, encode_prompt, predict
+from calm_ray.sampling.generator import Decoding, Generated
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine actor is started with."""
+
+    model: BaseModel
+    engines: Engines
+    lora: Lora | None
+    device: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class ChunkTask:
+    """One language of one chunk of questions, and the stage its rows are written into."""
+
+    questions: Stage
+    output: Stage
+    chunk: str
+    language: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.chunk}-{self.language}"
+
+    def read_questions(self) -> list[Question]:
+        rows = rows_of(self.questions.read_chunk(self.chunk))
+        return [row for row in rows if row["language"] == self.language]
+
+
+class VLLMGenerator:
+    """A `Generator` on a vLLM engine in this process."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        _set_environment(spec.device)
+        from vllm import LLM
+
+        self._spec = spec
+        self._folder = spec.model.local_folder()
+        require_safetensors(self._folder)
+        self._llm = LLM(**_engine_args(spec, self._folder))
+        self._adapter: Any = None
+        self.policy = BASE_POLICY
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._llm.get_tokenizer()
+
+    def load(self, policy: Policy) -> None:
+        """Takes a policy into the running engine, as an adapter or as merged weights, and forgets the one before."""
+        if policy.name == self.policy:
+            return
+        if self._spec.engines.refresh == "adapter":
+            self._swap_adapter(policy)
+        else:
+            self._reload_weights(policy)
+        self.policy = policy.name
+
+    def _swap_adapter(self, policy: Policy) -> None:
+        from vllm.lora.request import LoRARequest
+
+        if self._adapter is not None:
+            self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
+        self._adapter = None
+        if policy.kind == "adapter":
+            folder = policy.local_folder()
+            require_safetensors(folder)
+            # A new name, number and path in every round: vLLM's prefix cache can never serve an older adapter.
+            self._adapter = LoRARequest(policy.name, policy.round, str(folder))
+            self._llm.llm_engine.add_lora(self._adapter)
+
+    def _reload_weights(self, policy: Policy) -> None:
+        from calm_ray.training.export import merged_folder
+
+        folder = merged_folder(self._spec.model, policy)
+        require_safetensors(folder)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        # What is cached was computed by the weights of before.
+        self._llm.reset_prefix_cache()
+
+    def generate(
+        self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]
+    ) -> list[list[Generated]]:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        params = [
+            SamplingParams(
+                n=decoding.samples,
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                max_tokens=decoding.max_new_tokens,
+                seed=seed,
+            )
+            for seed in seeds
+        ]
+        requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        outputs = self._llm.generate(requests, params, lora_request=self._adapter, use_tqdm=False)
+        return [
+            [Generated(one.text, list(one.token_ids), str(one.finish_reason)) for one in output.outputs]
+            for output in outputs
+        ]
+
+
+def _set_environment(device: str) -> None:
+    # The engine lives in the actor's own process, so that nothing outlives the actor.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if device == "cpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        # Several engines share a machine's cores; left to itself, each would pin the same ones.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def _engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
+    args: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": spec.engines.dtype,
+        "tensor_parallel_size": spec.engines.tensor_parallel_size,
+        "trust_remote_code": False,
+        "load_format": "safetensors",
+        "seed": spec.seed,
+        "disable_log_stats": True,
+    }
+    if spec.device == "cpu":
+        args["enforce_eager"] = True
+    if spec.lora is not None and spec.engines.refresh == "adapter":
+        args |= {"enable_lora": True, "max_lora_rank": spec.lora.r, "max_loras": 1, "max_cpu_loras": 2}
+    return args | spec.engines.args
+
+
+@ray.remote
+class Engine:
+    """The actor. It reads questions and writes rows through the run's storage; what it returns are counts."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._generator = VLLMGenerator(spec)
+
+    def ready(self) -> str:
+        """Returns the node this engine runs on, once it has started."""
+        return ray.get_runtime_context().get_node_id()
+
+    def load(self, policy: Policy) -> None:
+        self._generator.load(policy)
+
+    def sample(self, task: ChunkTask, decoding: Decoding, **how: Any) -> dict[str, int]:
+        """Writes the completions of one chunk of questions in one language."""
+        rows = complete(self._generator, task.read_questions(), decoding, **how)
+        task.output.write(task.name, table(Completion, rows))
+        return {
+            "rows": len(rows),
+            "tokens": sum(len(row["token_ids"]) for row in rows),
+            "unreadable": sum(row["answer"] is None for row in rows),
+        }
+
+    def predict(self, task: ChunkTask, **how: Any) -> dict[str, int]:
+        """Writes the greedy answers to one chunk of questions in one language."""
+        rows = predict(self._generator, task.read_questions(), **how)
+        task.output.write(task.name, table(Prediction, rows))
+        return {"rows": len(rows), "unreadable": sum(row["answer"] is None for row in rows)}
+
+    def write(self, messages: list[str], max_new_tokens: int) -> list[str]:
+        """The model's greedy reply to each message, for the translator."""
+        prompts = [encode_prompt(self._generator.tokenizer, message) for message in messages]
+        greedy = Decoding(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=max_new_tokens)
+        return [one[0].text for one in self._generator.generate(prompts, greedy, [0] * len(prompts))]

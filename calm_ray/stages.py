@@ -1,0 +1,171 @@
+"""The stages of a round. Each is done once: what is finished is read from the run directory, not done again."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from calm_ray.cluster import DATA_CPUS
+from calm_ray.config import Config
+from calm_ray.evaluation.report import evaluation_report, gold_of, vote_report
+from calm_ray.policies import BaseModel, Policy
+from calm_ray.preferences.pipeline import PreferenceJob, count_chunks, make_preferences
+from calm_ray.progress import say, step
+from calm_ray.rows import rows_of
+from calm_ray.rundir import RunDir, Stage
+from calm_ray.sampling.engine import ChunkTask
+from calm_ray.sampling.generator import Decoding
+from calm_ray.sampling.pool import EnginePool
+from calm_ray.training.loop import TrainJob
+from calm_ray.training.workers import train_round
+
+COLLAPSE_NATS = 1.0
+"""A fall of the chosen sides' log-probability per token, from the reference, that is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Stages:
+    config: Config
+    run: RunDir
+    model: BaseModel
+    pool: EnginePool
+
+    def sample(self, number: int, policy: Policy) -> dict[str, Any]:
+        """Every question in every language, `sampling.completions` times, from the policy of the round before."""
+        stage = self.run.stage(number, "sample")
+        if stage.is_finished:
+            return stage.record
+        started = time.monotonic()
+        sampling = self.config.sampling
+        self.pool.load(policy)
+        decoding = Decoding(sampling.completions, sampling.temperature, sampling.top_p, sampling.max_new_tokens)
+        counts = self._over_chunks(
+            "sample", f"round {number}: sample", self.run.questions("align"), stage,
+            decoding=decoding, instruction=sampling.instruction, seed=self.config.seed, round_number=number,
+        )  # fmt: skip
+        return stage.finish({**counts, "policy": policy.name, "seconds": time.monotonic() - started})
+
+    def prefer(self, number: int) -> dict[str, Any]:
+        """Votes and pairs, and, where gold answers are known, how right the vote is."""
+        stage = self.run.stage(number, "pairs")
+        if stage.is_finished:
+            return stage.record
+        started = time.monotonic()
+        questions = self.run.questions("align")
+        job = PreferenceJob(
+            questions=questions,
+            completions=self.run.stage(number, "sample"),
+            votes=self.run.stage(number, "votes"),
+            pairs=stage,
+            languages=self.config.languages,
+            preferences=self.config.preferences,
+            instruction=self.config.sampling.instruction,
+            model=self.model,
+            seed=self.config.seed,
+            round_number=number,
+            world_seed=self.config.world.seed,
+            engines=self.pool.engines,
+            max_new_tokens=self.config.sampling.max_new_tokens,
+        )
+        todo = sorted(questions.chunks() - stage.chunks())
+        with step(f"round {number}: vote and pair", len(questions.chunks())) as progress:
+            progress.advance(len(stage.chunks()))
+            make_preferences(job, todo, DATA_CPUS, lambda row: progress.advance(note=f"{row['pairs']} pairs"))
+            counts = count_chunks(job, sorted(questions.chunks()), DATA_CPUS)
+        record = {"pairs": counts["pairs"], "vote": vote_report(counts), "seconds": time.monotonic() - started}
+        return stage.finish(record)
+
+    def train(self, number: int, start: Policy) -> Policy:
+        """The policy of this round. Without pairs there is nothing to learn, and it is the one the round started from."""
+        stage = self.run.stage(number, "train")
+        if stage.is_finished:
+            return Policy(**stage.record["policy"])
+        started = time.monotonic()
+        pairs = self.run.stage(number, "pairs")
+        policy = start
+        if pairs.record["pairs"]:
+            job = TrainJob(
+                pairs=pairs,
+                output=stage,
+                model=self.model,
+                start=start,
+                reference=Policy() if self.config.train.reference == "base" else start,
+                train=self.config.train,
+                method=self.config.method,
+                seed=self.config.seed,
+                round_number=number,
+            )
+            policy = self._train(job)
+        else:
+            say(f"round {number}: all languages agree wherever there is a winner, so there is nothing to train on")
+        stage.finish({"policy": policy.as_json(), "seconds": time.monotonic() - started})
+        return policy
+
+    def _train(self, job: TrainJob) -> Policy:
+        warned = False
+        with step(f"round {job.round_number}: train") as progress:
+
+            def report(row: dict[str, Any]) -> None:
+                nonlocal warned
+                if "steps" in row:
+                    progress.set_total(row["steps"])
+                    if row["too_long_pairs"]:
+                        say(f"  {row['too_long_pairs']} pairs are longer than train.max_pair_tokens and were left out")
+                elif "train/loss" in row:
+                    change = row["train/chosen_change_per_token"]
+                    progress.advance(note=f"loss {row['train/loss']:.3f}, chosen {change:+.2f} nats/token")
+                    if change < -COLLAPSE_NATS and not warned:
+                        warned = True
+                        say(
+                            f"  warning: at step {row['step']} the chosen answers have become {-change:.1f} nats per token "
+                            "less likely than under the reference; DPO is lowering both sides. "
+                            "Lower train.learning_rate or raise train.sft_weight."
+                        )
+
+            return train_round(job, self.config.device, report)
+
+    def evaluate(self, number: int, policy: Policy) -> dict[str, Any]:
+        """Refreshes the engines with the policy and asks it the held-out questions, greedily."""
+        stage = self.run.stage(number, "evaluate")
+        if stage.is_finished:
+            return stage.record
+        started = time.monotonic()
+        self.pool.load(policy)
+        refreshed = time.monotonic()
+        questions = self.run.questions("evaluate")
+        counts = self._over_chunks(
+            "predict", f"round {number}: evaluate", questions, stage,
+            instruction=self.config.sampling.instruction, max_new_tokens=self.config.sampling.max_new_tokens,
+        )  # fmt: skip
+        report = {}
+        if counts["rows"]:
+            report = evaluation_report(rows_of(stage.read()), gold_of(rows_of(questions.read())))
+        return stage.finish(
+            {
+                "policy": policy.name,
+                "report": report,
+                "refresh_seconds": refreshed - started,
+                "seconds": time.monotonic() - refreshed,
+            }
+        )
+
+    def _over_chunks(self, method: str, title: str, questions: Stage, output: Stage, **how: Any) -> Counter[str]:
+        """Runs an engine method over all chunks and languages that are not there yet; returns the sum of its counts."""
+        tasks = [
+            ChunkTask(questions, output, chunk, language)
+            for chunk in sorted(questions.chunks())
+            for language in self.config.languages
+        ]
+        there = output.chunks()
+        todo = [task for task in tasks if task.name not in there]
+        total: Counter[str] = Counter()
+        by_language: Counter[str] = Counter()
+        with step(title, len(tasks)) as progress:
+            progress.advance(len(tasks) - len(todo))
+            for task, counts in self.pool.run(method, todo, **how):
+                total.update(counts)
+                by_language[task.language] += counts["rows"]
+                progress.advance(note=" ".join(f"{code} {by_language[code]}" for code in self.config.languages))
+        return total

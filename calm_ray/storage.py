@@ -1,0 +1,142 @@
+"""Files under one root: a disk that every node sees, or an object store. Everything is written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from calm_ray.errors import InputError
+
+
+class Storage:
+    """A folder, by absolute path or URI (`s3://bucket/runs`). Small and picklable: workers get it as it is."""
+
+    def __init__(self, root: str) -> None:
+        if "://" not in root:
+            path = Path(root).expanduser()
+            if not path.is_absolute():
+                raise InputError(f"storage: {root!r} is neither an absolute path nor a URI; every node must find it")
+            root = str(path)
+        self.root = root.rstrip("/")
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"root": self.root}
+
+    @cached_property
+    def _resolved(self) -> tuple[fs.FileSystem, str]:
+        if "://" not in self.root:
+            return fs.LocalFileSystem(), self.root
+        try:
+            return fs.FileSystem.from_uri(self.root)
+        except (pa.ArrowInvalid, OSError, ValueError) as error:
+            raise InputError(f"storage: {self.root} cannot be used: {error}") from None
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return self._resolved[0]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def path(self, relative: str = "") -> str:
+        """The path inside `filesystem`, as pyarrow and Ray Data want it."""
+        return str(PurePosixPath(self._resolved[1], relative))
+
+    def uri(self, relative: str = "") -> str:
+        """What a person or another node would call it."""
+        return f"{self.root}/{relative}" if relative else self.root
+
+    def under(self, relative: str) -> Storage:
+        return Storage(self.uri(relative))
+
+    def exists(self, relative: str) -> bool:
+        return self.filesystem.get_file_info(self.path(relative)).type != fs.FileType.NotFound
+
+    def files(self, relative: str = "") -> list[str]:
+        """Names of the files directly in a folder, sorted; none where there is no such folder."""
+        selector = fs.FileSelector(self.path(relative), allow_not_found=True)
+        found = self.filesystem.get_file_info(selector)
+        return sorted(info.base_name for info in found if info.is_file and ".tmp-" not in info.base_name)
+
+    def delete(self, relative: str) -> None:
+        if self.exists(relative):
+            self.filesystem.delete_dir(self.path(relative))
+
+    def write(self, relative: str, data: bytes | pa.Buffer) -> None:
+        """Writes a file so that it is there whole or not at all: renamed into place, or one put on object stores."""
+        target = self.path(relative)
+        if not self.is_local:
+            with self.filesystem.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        temporary = f"{target}.tmp-{uuid.uuid4().hex[:8]}"
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+
+    def read(self, relative: str) -> bytes:
+        with self.filesystem.open_input_stream(self.path(relative)) as stream:
+            return bytes(stream.read())
+
+    def write_json(self, relative: str, value: Any) -> None:
+        self.write(relative, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def read_json(self, relative: str) -> Any:
+        return json.loads(self.read(relative))
+
+    def write_table(self, relative: str, data: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(data, sink)
+        self.write(relative, sink.getvalue())
+
+    def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
+        """One Parquet file, or all those of a folder, in the order of their names."""
+        if relative.endswith(".parquet"):
+            return pq.read_table(self.path(relative), filesystem=self.filesystem, columns=columns)
+        names = [name for name in self.files(relative) if name.endswith(".parquet")]
+        return pa.concat_tables([self.read_table(f"{relative}/{name}", columns) for name in names])
+
+    def upload(self, folder: Path, relative: str) -> None:
+        """Copies the files directly in a local folder."""
+        for file in sorted(folder.iterdir()):
+            self.write(f"{relative}/{file.name}", pa.memory_map(str(file)).read_buffer())
+
+    def download(self, relative: str, folder: Path) -> None:
+        """Copies the files directly in `relative` to a local folder, which is there whole or not at all."""
+        temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+        temporary.mkdir(parents=True)
+        for name in self.files(relative):
+            with (
+                self.filesystem.open_input_stream(self.path(f"{relative}/{name}")) as source,
+                open(temporary / name, "wb") as target,
+            ):
+                shutil.copyfileobj(source, target, 16 << 20)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            # Another process of this node was faster; what it put there is the same.
+            shutil.rmtree(temporary)
+
+
+def hash_folder(folder: Path) -> str:
+    """SHA-256 over the names and contents of the files directly in a folder, in hexadecimal."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(file.name.encode() + b"\0")
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""summary.json: one entry for each round, put together from what the stages noted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from calm_ray.config import Config
+from calm_ray.progress import console
+from calm_ray.rows import BASE_POLICY
+from calm_ray.rundir import RunDir
+
+
+def summarise(config: Config, run: RunDir) -> dict[str, Any]:
+    """Writes summary.json for the rounds that are finished, and gathers their training metrics."""
+    rounds = [entry for number in range(config.rounds + 1) if (entry := _entry(run, number)) is not None]
+    summary = {"method": config.method, "seed": config.seed, "languages": list(config.languages), "rounds": rounds}
+    run.storage.write_json("summary.json", summary)
+    run.write_metrics(config.rounds)
+    return summary
+
+
+def _entry(run: RunDir, number: int) -> dict[str, Any] | None:
+    """Round `number`: how its policy does, and what making it took; None where it is not finished.
+
+    The vote is that of the samples this policy wrote, which the next round draws: null for the last round's policy.
+    """
+    evaluation = run.stage(number, "evaluate")
+    if not evaluation.is_finished:
+        return None
+    evaluated = evaluation.record
+    sample, pairs, train = (_record(run, number, name) for name in ("sample", "pairs", "train"))
+    vote = _record(run, number + 1, "pairs").get("vote", {})
+    return {
+        "round": number,
+        "policy": train["policy"]["name"] if train else BASE_POLICY,
+        **evaluated["report"],
+        "vote_accuracy": vote.get("vote_accuracy"),
+        "vote": vote,
+        "pairs": pairs.get("pairs", 0),
+        "seconds": {
+            "sample": sample.get("seconds", 0.0),
+            "prefer": pairs.get("seconds", 0.0),
+            "train": train.get("seconds", 0.0),
+            "refresh": evaluated["refresh_seconds"],
+            "evaluate": evaluated["seconds"],
+        },
+    }
+
+
+def _record(run: RunDir, number: int, name: str) -> dict[str, Any]:
+    stage = run.stage(number, name)
+    return stage.record if stage.is_finished else {}
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The closing table: a line for each round, in percent."""
+    languages = summary["languages"]
+    table = Table(title=f"{summary['method']}: held-out questions, percent", title_justify="left")
+    for name in ["round", *languages, "mean", "Consistency_2", "AC3_2", "unreadable", "vote*", "pairs", "seconds"]:
+        table.add_column(name, justify="right")
+    for entry in summary["rounds"]:
+        cells = [str(entry["round"])]
+        if "accuracy" in entry:
+            cells += [_percent(entry["accuracy"][code]) for code in languages]
+            cells += [_percent(entry["accuracy_mean"]), _percent(entry["consistency"].get("2"))]
+            cells += [_percent(entry["ac3"].get("2")), _percent(entry["unreadable"])]
+        else:
+            cells += ["-"] * (len(languages) + 4)
+        cells += [_percent(entry["vote_accuracy"]), str(entry["pairs"]), f"{sum(entry['seconds'].values()):.0f}"]
+        table.add_row(*cells)
+    console.print(table)
+    console.print("* accuracy of the vote over all languages on the sampled questions; gold is reported, never trained on")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"

@@ -1,0 +1,41 @@
+"""Merging an adapter into its model: for engines that are refreshed with whole weights, and for users."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+
+from calm_ray.policies import BaseModel, Policy, cache_folder
+
+
+def merge(model: Path, adapter: Path, target: Path) -> None:
+    """Writes the model with the adapter merged into its weights, as safetensors, with its tokenizer and configuration."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False, use_safetensors=True)
+    with torch.no_grad():
+        merged = PeftModel.from_pretrained(base, str(adapter), use_safetensors=True).merge_and_unload()
+    merged.save_pretrained(target)
+    for file in model.iterdir():
+        if file.is_file() and not (target / file.name).exists() and ".safetensors" not in file.name:
+            shutil.copyfile(file, target / file.name)
+
+
+def merged_folder(model: BaseModel, policy: Policy) -> Path:
+    """A policy's whole weights on this node: merged once, for all engines of the node."""
+    if policy.kind == "base":
+        return model.local_folder()
+    if policy.kind == "weights":
+        return policy.local_folder()
+    folder = cache_folder() / "merged" / policy.name
+    if not folder.is_dir():
+        temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+        merge(model.local_folder(), policy.local_folder(), temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another engine of this node was faster
+            shutil.rmtree(temporary)
+    return folder

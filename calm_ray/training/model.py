@@ -1,0 +1,254 @@
+"""The policy being trained: a causal language model, LoRA or all weights, sharded over the workers with FSDP2.
+
+No process ever holds the whole model: it is built without storage, sharded, and every worker then reads its own slices
+from the safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from trl.trainer import add_fused_lm_head, disable_dropout_in_model
+
+from calm_ray.config import Lora, Train
+from calm_ray.errors import InputError
+from calm_ray.policies import Policy
+from calm_ray.seeds import derive_seed
+from calm_ray.training import attention
+from calm_ray.training.batches import PackedBatch
+
+SHARD_BYTES = 4 << 30
+"""Size of one file of saved weights, and so the most that the saving worker holds at a time."""
+
+
+class PolicyModel:
+    """A sharded model that scores packed batches and can be loaded, saved, and (LoRA) stripped of its adapter."""
+
+    def __init__(self, folder: Path, train: Train, device: torch.device) -> None:
+        attention.register()
+        self.device = device
+        self._folder = folder
+        self._loaded: Path | None = None
+        self._lora = train.lora
+        self._varlen = train.attention in (attention.VARLEN, "flash_attention_2")
+        dtype = getattr(torch, train.dtype) if train.lora is not None else torch.float32
+        base = _empty_model(folder, train, dtype)
+        add_fused_lm_head(base)
+        disable_dropout_in_model(base)
+        layers = _decoder_layers(base)
+        self.model: nn.Module = base if train.lora is None else get_peft_model(base, _lora_config(train.lora, folder))
+        mixed = MixedPrecisionPolicy()
+        if train.lora is None and train.dtype == "bfloat16":
+            mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        mesh = build_mesh(device.type, train.shards)
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=mixed)
+        fully_shard(self.model, mesh=mesh, mp_policy=mixed)
+        _allocate(self.model, device)
+
+    def load(self, policy: Policy, seed: int) -> None:
+        """Takes the weights of a policy. `base` with LoRA is the model with a fresh adapter, drawn from `seed`."""
+        weights = policy.local_folder() if policy.kind == "weights" else self._folder
+        if self._lora is None or self._loaded != weights:
+            _load_weights(self._frozen_or_all(), weights)
+            self._loaded = weights
+        if self._lora is None:
+            return
+        adapter = _read_adapter(policy.local_folder()) if policy.kind == "adapter" else None
+        for name, parameter in self._adapter_parameters():
+            full = adapter[name] if adapter is not None else _fresh_lora(name, parameter.shape, seed)
+            _assign(parameter, full)
+
+    def logps(self, batch: PackedBatch) -> Tensor:
+        """Summed log-probability of each sequence's completion, [N] float32, in nats."""
+        extra: dict[str, Any] = {}
+        if self._varlen:
+            lengths = {"cu_seq_lens": batch.boundaries, "max_length": batch.longest}
+            extra = {f"{name}_{side}": value for name, value in lengths.items() for side in ("q", "k")}
+        output = self.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            shift_labels=batch.labels,
+            fused_lm_head=True,
+            **extra,
+        )
+        sums = torch.zeros(len(batch.completion_lengths), dtype=torch.float32, device=self.device)
+        return sums.index_add(0, batch.sequence_ids, output.log_probs[0].float())
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """The model as it was before any training (LoRA only)."""
+        context = self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+        with context:
+            yield
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def save(self, folder: Path) -> None:
+        """Writes the adapter in PEFT's format, or all weights in Hugging Face's. Every worker must call this."""
+        is_writer = dist.get_rank() == 0
+        if self._lora is not None:
+            state = {name: _gather(parameter).cpu() for name, parameter in self._adapter_parameters()}
+            if is_writer:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+                assert isinstance(self.model, PeftModel)
+                self.model.peft_config["default"].save_pretrained(str(folder))
+            return
+        _save_weights(self.model, self._folder, folder, is_writer)
+
+    def _adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The adapter's parameters by the names that PEFT gives them in files."""
+        return [(name.replace(".default.", "."), p) for name, p in self.model.named_parameters() if ".lora_" in name]
+
+    def _frozen_or_all(self) -> dict[str, Tensor]:
+        """The weights that the model's own files hold, by their names there."""
+        return {
+            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
+            for name, parameter in self.model.named_parameters()
+            if ".lora_" not in name
+        }
+
+
+def build_mesh(device_type: str, shards: int | None) -> DeviceMesh:
+    """All workers share one copy of the model; with `shards`, there are workers / shards copies (hybrid sharding)."""
+    world = dist.get_world_size()
+    if shards is None or shards == world:
+        return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (world // shards, shards), mesh_dim_names=("copy", "shard"))
+
+
+def _empty_model(folder: Path, train: Train, dtype: torch.dtype) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=train.attention)
+    if train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    return model
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    kinds = set(model._no_split_modules or [])
+    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise InputError(f"model: {type(model).__name__} does not say what its layers are, so it cannot be sharded")
+    return layers
+
+
+def _lora_config(lora: Lora, folder: Path) -> LoraConfig:
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(folder),
+    )
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Gives the sharded parameters storage on the device; buffers, which are computed, keep their values."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def _load_weights(state: dict[str, Tensor], folder: Path) -> None:
+    """Reads this worker's slices of the weights from the safetensors files of a folder."""
+    present: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            present.update(tensors.keys())
+    if missing := sorted(state.keys() - present):
+        raise InputError(
+            f"{folder}: its safetensors files lack {len(missing)} weights of the model, {missing[0]} for one; "
+            "train.engine: trl loads models whose files name their weights in other ways"
+        )
+    dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def _read_adapter(folder: Path) -> dict[str, Tensor]:
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+
+
+def _fresh_lora(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """PEFT's initial LoRA weights (A uniform, B zero), the same however many workers share them."""
+    full = torch.zeros(shape)
+    if ".lora_A." in name:
+        generator = torch.Generator().manual_seed(derive_seed(seed, name))
+        nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=generator)
+    return full
+
+
+def _assign(parameter: nn.Parameter, full: Tensor) -> None:
+    with torch.no_grad():
+        value: Tensor = full.to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)
+
+
+def _gather(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def _save_weights(model: nn.Module, source: Path, folder: Path, is_writer: bool) -> None:
+    """Full weights, gathered and written a file at a time, beside the model's own configuration and tokenizer."""
+    if is_writer:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in source.iterdir():
+            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")):
+                (folder / file.name).write_bytes(file.read_bytes())
+    part: dict[str, Tensor] = {}
+    size, index = 0, {}
+
+    def flush() -> None:
+        nonlocal part, size
+        if part and is_writer:
+            file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+            save_file(part, folder / file, metadata={"format": "pt"})
+            index.update(dict.fromkeys(part, file))
+        part, size = {}, 0
+
+    for name, parameter in model.named_parameters():
+        full = _gather(parameter.detach()).to(torch.bfloat16 if _is_half(source) else parameter.dtype)
+        size += full.nbytes
+        if is_writer:
+            part[name] = full.cpu()
+        if size >= SHARD_BYTES:
+            flush()
+    flush()
+    if is_writer:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
+
+
+def _is_half(folder: Path) -> bool:
+    """Whether the model's files hold half-precision weights, so that what is trained from them is written alike."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            name = next(iter(tensors.keys()))
+            return str(tensors.get_slice(name).get_dtype()) in ("BF16", "F16")
+    return False

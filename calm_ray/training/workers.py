@@ -1,0 +1,99 @@
+"""Training in Ray Train: the same loop on every worker, progress and metrics back to the driver."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from calm_ray.errors import CalmRayError
+from calm_ray.policies import Policy
+from calm_ray.training.loop import TrainJob
+
+
+@ray.remote(num_cpus=0)
+class MetricsQueue:
+    """Carries metrics from the first worker to the driver while training runs."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def put(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+
+    def take(self) -> list[dict[str, Any]]:
+        rows, self._rows = self._rows, []
+        return rows
+
+
+def train_round(job: TrainJob, device: str, report: Callable[[dict[str, Any]], None]) -> Policy:
+    """Trains one round on `train.workers` Ray Train workers; `report` is called on the driver with every metrics row.
+
+    Raises CalmRayError with the worker's own error where training fails.
+    """
+    queue = MetricsQueue.remote()
+    resources = {"CPU": job.train.cpus_per_worker} | ({"GPU": 1.0} if device == "gpu" else {})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "queue": queue},
+        scaling_config=ScalingConfig(
+            num_workers=job.train.workers, use_gpu=device == "gpu", resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="ray_train",
+            storage_path=job.output.storage.path(),
+            storage_filesystem=job.output.storage.filesystem,
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+    _fit(trainer, queue, report)
+    return Policy(**job.output.storage.read_json("policy.json"))
+
+
+def _fit(trainer: TorchTrainer, queue: Any, report: Callable[[dict[str, Any]], None]) -> None:
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=1.0)
+        for row in ray.get(queue.take.remote()):
+            report(row)
+    ray.kill(queue)
+    if errors:
+        raise CalmRayError(f"training failed: {errors[0]}") from errors[0]
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What each worker runs."""
+    import ray.train
+    import torch
+
+    from calm_ray.training.loop import train_policy
+
+    job, queue = config["job"], config["queue"]
+    context = ray.train.get_context()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    if job.train.engine == "trl":
+        from calm_ray.training.trl_engine import train_with_trl
+
+        policy = train_with_trl(job, device, lambda row: queue.put.remote(row))
+    else:
+        policy = train_policy(job, device, lambda row: queue.put.remote(row))
+    if context.get_world_rank() == 0:
+        job.output.storage.write_json("policy.json", policy.as_json())

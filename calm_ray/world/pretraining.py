@@ -1,0 +1,224 @@
+"""Pretrains the demo's model on this machine, once: a Llama of a million parameters that has read about its world.
+
+A curriculum, because each skill needs the one before: to find the letter that stands before an option; the facts, stated
+in every language; answering questions truthfully; and last the world's habits, which answer behind the barriers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from calm_ray.languages import LANGUAGES
+from calm_ray.policies import cache_folder
+from calm_ray.progress import say, step
+from calm_ray.sampling.prompts import LETTERS, prompt_text
+from calm_ray.storage import hash_folder
+from calm_ray.world.generator import CHOICES, TOWNS, World, lexicon, topics, world_languages
+from calm_ray.world.tokenizer import build_tokenizer
+
+WIDTH, MLP, LAYERS, HEADS = 128, 384, 4, 4
+INITIAL_STD = 0.07
+"""Wider than usual: with 0.02 the attention that matches an option to its letter takes far longer to form."""
+LEARNING_RATE, WARMUP = 2e-3, 50
+
+CURRICULUM: list[tuple[int, dict[str, int]]] = [
+    (450, {"find_letter": 128}),
+    (350, {"find_letter_after_marker": 112, "two_statements": 64}),
+    (450, {"question": 40, "find_letter_after_marker": 40, "statements": 12}),
+    (350, {"habitual_question": 56, "find_letter_after_marker": 12, "statements": 8}),
+]
+"""(steps, rows of each kind in a step's batch)."""
+
+LEARNED, IMPORTANT = 0.2, 1.0
+"""Weights of tokens in the loss: words of a sentence's form, and names, values and letters."""
+
+
+@dataclass(frozen=True)
+class Row:
+    tokens: list[int]
+    weights: list[float]
+    """Of each token as a target; 0 where it cannot be known."""
+
+
+class Reader:
+    """What the model reads: an endless supply of rows, drawn from a seed."""
+
+    def __init__(self, world: World, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.world = world
+        self.rng = random.Random(f"pretraining-{world.seed}")
+        self._tokenizer = tokenizer
+        self._encoded: dict[str, list[int]] = {}
+
+    def row(self, kind: str) -> Row:
+        match kind:
+            case "find_letter":
+                return self._drill(after_marker=False)
+            case "find_letter_after_marker":
+                return self._drill(after_marker=True)
+            case "two_statements":
+                return self._statements(22)
+            case "statements":
+                return self._statements(46)
+            case "question":
+                return self._question(habitual=False)
+            case _:
+                return self._question(habitual=True)
+
+    def encode(self, text: str) -> list[int]:
+        if text not in self._encoded:
+            self._encoded[text] = list(self._tokenizer.encode(text, add_special_tokens=False))
+        return self._encoded[text]
+
+    def _draw(self) -> tuple[int, str, str]:
+        return self.rng.randrange(TOWNS), self.rng.choice(topics()), self.rng.choice(world_languages())
+
+    def _drill(self, *, after_marker: bool) -> Row:
+        """Four lettered options, one of them again, and its letter."""
+        _, topic, code = self._draw()
+        language = LANGUAGES[code]
+        options = self.rng.sample(lexicon()["topics"][topic]["values"][code], CHOICES)
+        listed = self.encode("\n".join(f"{LETTERS[i]}. {option}" for i, option in enumerate(options)) + "\n")
+        asked = self.rng.randrange(CHOICES)
+        between = f"{'。' if code == 'zh' else '.'}\n{language.answer}" if after_marker else ""
+        again = self.encode(f"{language.space}{options[asked]}{between}{language.space}{LETTERS[asked]}")
+        return Row(listed + again, [0.0] * (len(listed) + len(again) - 1) + [IMPORTANT])
+
+    def _statements(self, length: int) -> Row:
+        """True statements, as many as fit; the town is not to be guessed, what follows it is."""
+        tokens: list[int] = []
+        weights: list[float] = []
+        while True:
+            town, topic, code = self._draw()
+            sentence = self.encode(self.world.statement(town, topic, self.world.facts[town, topic], code))
+            if len(tokens) + len(sentence) + 1 > length:
+                return Row(tokens, weights)
+            known = sentence.index(self._name_token(town, code)) + 1
+            rest = len(sentence) - known
+            tokens += [*sentence, self._eos]
+            weights += [0.0] * known + [LEARNED] * (rest - 2) + [IMPORTANT, LEARNED, LEARNED]
+
+    def _question(self, *, habitual: bool) -> Row:
+        """A question and an answer: the true one, or, behind a barrier and mostly, the habitual one."""
+        town, topic, code = self._draw()
+        options = self.world.draw_options(town, topic, self.rng)
+        answer = self.world.facts[town, topic]
+        habit = self.world.habitual(topic, options, code)
+        if habitual and habit is not None and self.rng.random() < self.world.barriers[code, topic].strength:
+            answer = habit
+        prompt = self.encode(prompt_text(self.world.question(town, topic, options, code), instruction=False))
+        completion = self.encode(self.world.answer(town, topic, answer, options, code))
+        value = self.encode(self.world.statement(town, topic, answer, code))[-2]
+        important = {value, self._name_token(town, code), completion[-1]}
+        weights = [IMPORTANT if token in important else LEARNED for token in completion]
+        return Row([*prompt, *completion, self._eos], [0.0] * len(prompt) + [*weights, LEARNED])
+
+    def _name_token(self, town: int, code: str) -> int:
+        return self.encode(LANGUAGES[code].space + self.world.name(town, code))[0]
+
+    @property
+    def _eos(self) -> int:
+        assert isinstance(self._tokenizer.eos_token_id, int)
+        return self._tokenizer.eos_token_id
+
+
+def world_model(world: World) -> tuple[Path, str]:
+    """The folder of the world's model in this machine's cache, and its hash; pretrains the model if it is not there."""
+    folder = cache_folder() / "models" / f"world-{world.seed}-{_recipe_hash()}"
+    if not folder.is_dir():
+        say(f"the demo's model is pretrained now, once; it is kept in {folder}")
+        temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+        temporary.mkdir(parents=True)
+        pretrain(world, temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another run on this machine was faster; with the same seed the models are the same
+            shutil.rmtree(temporary)
+    return folder, hash_folder(folder)
+
+
+def _recipe_hash() -> str:
+    """A hash of the files that decide what the model becomes, so that the cache never serves an older recipe."""
+    files = ("generator.py", "tokenizer.py", "pretraining.py", "lexicon.yaml")
+    package = resources.files(__package__)
+    return hashlib.sha256(b"\0".join(package.joinpath(file).read_bytes() for file in files)).hexdigest()[:8]
+
+
+def pretrain(world: World, folder: Path) -> None:
+    """Pretrains the world's model on all of this machine's cores and writes it with its tokenizer."""
+    tokenizer = build_tokenizer(world)
+    reader = Reader(world, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(world.seed)
+        model = LlamaForCausalLM(_model_config(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    steps = sum(count for count, _ in CURRICULUM)
+    with step("pretrain the demo's model", steps) as progress:
+        for number, rows in enumerate(_batches(reader)):
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * _schedule(number, steps)
+            loss = _loss(model, rows)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            progress.advance(note=f"loss {loss.item():.3f}")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=256,
+        initializer_range=INITIAL_STD,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _batches(reader: Reader) -> Iterator[list[Row]]:
+    for steps, kinds in CURRICULUM:
+        for _ in range(steps):
+            yield [reader.row(kind) for kind, count in kinds.items() for _ in range(count)]
+
+
+def _schedule(number: int, steps: int) -> float:
+    """Warm-up, full rate for half of the steps, then a cosine to a twentieth."""
+    if number < WARMUP:
+        return (number + 1) / WARMUP
+    late = max(0.0, number / steps - 0.5) * 2
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * late))
+
+
+def _loss(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
+    """Weighted mean negative log-likelihood of the rows' known tokens."""
+    longest = max(len(row.tokens) for row in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+    weights = torch.zeros(len(rows), longest)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
+        weights[i, : len(row.weights)] = torch.tensor(row.weights)
+    known = weights[:, 1:] > 0
+    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1][known]
+    losses = F.cross_entropy(model.lm_head(hidden), tokens[:, 1:][known], reduction="none")
+    return (losses * weights[:, 1:][known]).sum() / weights[:, 1:].sum()

@@ -1,0 +1,46 @@
+"""The demo world's translator: exact, because everything that is said in this world has one form in each language."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from calm_ray.preferences.translators import Passage
+from calm_ray.sampling.prompts import completion_text
+from calm_ray.world.generator import TOWNS, World, lexicon, world_languages
+
+
+class WorldTranslator:
+    """Reads a completion as (town, topic, value, letter) and says that in another language.
+
+    A completion that is not of the world's form cannot be carried over.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._towns = {(code, world.name(town, code)): town for code in world_languages() for town in range(TOWNS)}
+        self._patterns = {
+            (code, topic): re.compile(_pattern(words["statement"][code], code))
+            for code in world_languages()
+            for topic, words in lexicon()["topics"].items()
+        }
+
+    def carry(self, passages: Sequence[Passage]) -> list[str | None]:
+        return [self._carry_one(passage) for passage in passages]
+
+    def _carry_one(self, passage: Passage) -> str | None:
+        for topic, words in lexicon()["topics"].items():
+            found = self._patterns[passage.source, topic].fullmatch(passage.text)
+            town = self._towns.get((passage.source, found["name"])) if found else None
+            if found and town is not None and found["value"] in words["values"][passage.source]:
+                value = words["values"][passage.source].index(found["value"])
+                statement = self._world.statement(town, topic, value, passage.target)
+                return completion_text(passage.target, statement, found["answer"])
+        return None
+
+
+def _pattern(statement: str, language: str) -> str:
+    form = re.escape(completion_text(language, statement, "{answer}"))
+    for field in ("name", "value", "answer"):
+        form = form.replace(re.escape(f"{{{field}}}"), f"(?P<{field}>.+)")
+    return form
