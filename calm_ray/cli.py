@@ -105,7 +105,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from calm_ray.training.export import export_policy
+    from calm_ray.export import export_policy
 
     export_policy(options.run, options.target, options.round)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.data
 from ray._private.state import state as ray_state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -35,7 +37,8 @@ def needed_resources(config: Config) -> dict[str, float]:
 def cluster(config: Config, say: Callable[[str], None]) -> Iterator[None]:
     """Joins the cluster this process belongs to, or starts a local Ray sized for the run and shuts it down."""
     needed = needed_resources(config)
-    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": "WARNING"}
+    _keep_quiet()
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     joins = "RAY_ADDRESS" in os.environ or _running_locally()
     if joins:
         ray.init(address="auto", **options)
@@ -47,6 +50,13 @@ def cluster(config: Config, say: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _keep_quiet() -> None:
+    """Leaves the terminal to the run's own progress; Ray's logs are in its session folder."""
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def _running_locally() -> bool:

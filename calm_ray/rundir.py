@@ -111,7 +111,9 @@ class RunDir:
             return model
         if not self.storage.exists("model"):
             self.storage.upload(folder, "model")
-        return replace(model, location=self.storage.uri("model"))
+        shared = replace(model, location=self.storage.uri("model"))
+        self.storage.write_json("model.json", shared.__dict__)
+        return shared
 
     @property
     def config(self) -> dict[str, Any]:

@@ -72,7 +72,10 @@ class Stages:
         todo = sorted(questions.chunks() - stage.chunks())
         with step(f"round {number}: vote and pair", len(questions.chunks())) as progress:
             progress.advance(len(stage.chunks()))
-            make_preferences(job, todo, DATA_CPUS, lambda row: progress.advance(note=f"{row['pairs']} pairs"))
+            made = 0
+            for row in make_preferences(job, todo, DATA_CPUS):
+                made += row["pairs"]
+                progress.advance(note=f"{made} pairs")
             counts = count_chunks(job, sorted(questions.chunks()), DATA_CPUS)
         record = {"pairs": counts["pairs"], "vote": vote_report(counts), "seconds": time.monotonic() - started}
         return stage.finish(record)
@@ -127,22 +130,26 @@ class Stages:
             return train_round(job, self.config.device, report)
 
     def evaluate(self, number: int, policy: Policy) -> dict[str, Any]:
-        """Refreshes the engines with the policy and asks it the held-out questions, greedily."""
-        stage = self.run.stage(number, "evaluate")
-        if stage.is_finished:
-            return stage.record
+        """Refreshes the engines with the policy and asks it the held-out questions."""
+        output = self.run.stage(number, "evaluate")
+        return self.ask(f"round {number}: evaluate", policy, self.run.questions("evaluate"), output)
+
+    def ask(self, title: str, policy: Policy, questions: Stage, output: Stage) -> dict[str, Any]:
+        """A policy's greedy answers to some questions, and their report, where there are any."""
+        if output.is_finished:
+            return output.record
         started = time.monotonic()
         self.pool.load(policy)
         refreshed = time.monotonic()
-        questions = self.run.questions("evaluate")
-        counts = self._over_chunks(
-            "predict", f"round {number}: evaluate", questions, stage,
-            instruction=self.config.sampling.instruction, max_new_tokens=self.config.sampling.max_new_tokens,
+        sampling = self.config.sampling
+        self._over_chunks(
+            "predict", title, questions, output,
+            instruction=sampling.instruction, max_new_tokens=sampling.max_new_tokens,
         )  # fmt: skip
         report = {}
-        if counts["rows"]:
-            report = evaluation_report(rows_of(stage.read()), gold_of(rows_of(questions.read())))
-        return stage.finish(
+        if output.chunks():
+            report = evaluation_report(rows_of(output.read()), gold_of(rows_of(questions.read())))
+        return output.finish(
             {
                 "policy": policy.name,
                 "report": report,

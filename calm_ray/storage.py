@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -51,7 +51,7 @@ class Storage:
 
     def path(self, relative: str = "") -> str:
         """The path inside `filesystem`, as pyarrow and Ray Data want it."""
-        return str(PurePosixPath(self._resolved[1], relative))
+        return f"{self._resolved[1]}/{relative}".rstrip("/")
 
     def uri(self, relative: str = "") -> str:
         """What a person or another node would call it."""
@@ -106,9 +106,12 @@ class Storage:
     def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
         """One Parquet file, or all those of a folder, in the order of their names."""
         if relative.endswith(".parquet"):
-            return pq.read_table(self.path(relative), filesystem=self.filesystem, columns=columns)
+            # Not pq.read_table: that takes the folder's name for a partition and looks at its neighbours.
+            with self.filesystem.open_input_file(self.path(relative)) as file:
+                return pq.ParquetFile(file).read(columns=columns)
         names = [name for name in self.files(relative) if name.endswith(".parquet")]
-        return pa.concat_tables([self.read_table(f"{relative}/{name}", columns) for name in names])
+        prefix = f"{relative}/" if relative else ""
+        return pa.concat_tables([self.read_table(f"{prefix}{name}", columns) for name in names])
 
     def upload(self, folder: Path, relative: str) -> None:
         """Copies the files directly in a local folder."""

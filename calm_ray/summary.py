@@ -74,5 +74,21 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print("* accuracy of the vote over all languages on the sampled questions; gold is reported, never trained on")
 
 
+def evaluation_table(title: str, report: dict[str, Any]) -> Table:
+    """One policy's report as a table."""
+    table = Table(title=title, title_justify="left")
+    cells = {
+        **{code: share for code, share in report["accuracy"].items()},
+        "mean": report["accuracy_mean"],
+        **{f"Consistency_{size}": value for size, value in report["consistency"].items()},
+        **{f"AC3_{size}": value for size, value in report["ac3"].items()},
+        "unreadable": report["unreadable"],
+    }
+    for name in cells:
+        table.add_column(name, justify="right")
+    table.add_row(*(_percent(value) for value in cells.values()))
+    return table
+
+
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"

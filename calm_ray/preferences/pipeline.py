@@ -98,10 +98,9 @@ def world_translator(seed: int) -> WorldTranslator:
     return WorldTranslator(build_world(seed))
 
 
-def make_preferences(job: PreferenceJob, chunks: Sequence[str], cpus: float, report: Callable[[dict[str, Any]], None]) -> None:
-    """Writes the votes and pairs of these chunks; `report` is called with each chunk's counts as it is finished."""
-    for row in _over_chunks(job, chunks, cpus):
-        report(row)
+def make_preferences(job: PreferenceJob, chunks: Sequence[str], cpus: float) -> Iterator[dict[str, Any]]:
+    """Writes the votes and pairs of these chunks; yields each chunk's counts as it is finished."""
+    yield from _over_chunks(job, chunks, cpus)
 
 
 def count_chunks(job: PreferenceJob, chunks: Sequence[str], cpus: float) -> Counter[str]:

@@ -90,7 +90,7 @@ class VLLMGenerator:
             self._llm.llm_engine.add_lora(self._adapter)
 
     def _reload_weights(self, policy: Policy) -> None:
-        from calm_ray.training.export import merged_folder
+        from calm_ray.training.merging import merged_folder
 
         folder = merged_folder(self._spec.model, policy)
         require_safetensors(folder)

@@ -54,7 +54,7 @@ class PolicyModel:
         add_fused_lm_head(base)
         disable_dropout_in_model(base)
         layers = _decoder_layers(base)
-        self.model: nn.Module = base if train.lora is None else get_peft_model(base, _lora_config(train.lora, folder))
+        self.model: nn.Module = base if train.lora is None else get_peft_model(base, lora_config(train.lora, folder))
         mixed = MixedPrecisionPolicy()
         if train.lora is None and train.dtype == "bfloat16":
             mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -74,7 +74,7 @@ class PolicyModel:
             return
         adapter = _read_adapter(policy.local_folder()) if policy.kind == "adapter" else None
         for name, parameter in self._adapter_parameters():
-            full = adapter[name] if adapter is not None else _fresh_lora(name, parameter.shape, seed)
+            full = adapter[name] if adapter is not None else fresh_lora(name, parameter.shape, seed)
             _assign(parameter, full)
 
     def logps(self, batch: PackedBatch) -> Tensor:
@@ -141,6 +141,7 @@ def _empty_model(folder: Path, train: Train, dtype: torch.dtype) -> PreTrainedMo
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=train.attention)
+    model.tie_weights()  # building without storage unties what the configuration ties
     if train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -155,7 +156,7 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return layers
 
 
-def _lora_config(lora: Lora, folder: Path) -> LoraConfig:
+def lora_config(lora: Lora, folder: Path) -> LoraConfig:
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -194,7 +195,7 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
 
 
-def _fresh_lora(name: str, shape: torch.Size, seed: int) -> Tensor:
+def fresh_lora(name: str, shape: torch.Size, seed: int) -> Tensor:
     """PEFT's initial LoRA weights (A uniform, B zero), the same however many workers share them."""
     full = torch.zeros(shape)
     if ".lora_A." in name:

@@ -1,4 +1,4 @@
-"""Merging an adapter into its model: for engines that are refreshed with whole weights, and for users."""
+"""Merging an adapter into its model: for engines that are refreshed with whole weights, and for users of the result."""
 
 from __future__ import annotations
 

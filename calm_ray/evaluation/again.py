@@ -1,0 +1,40 @@
+"""`calm-ray evaluate`: any policy of a run on any file of questions."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from calm_ray.cluster import cluster
+from calm_ray.opened import open_run
+from calm_ray.progress import console, say
+from calm_ray.questions.reader import read_questions, write_chunks
+from calm_ray.rundir import Stage
+from calm_ray.sampling.engine import EngineSpec
+from calm_ray.sampling.pool import EnginePool
+from calm_ray.stages import Stages
+from calm_ray.summary import evaluation_table
+
+
+def evaluate_again(location: str, questions: str | None, round_number: int | None) -> None:
+    """Asks a run's policy (default: its last) a file's questions (default: the run's held-out ones); prints a table.
+
+    The answers stay in the run's folder `evaluations`.
+    """
+    opened = open_run(location)
+    config, run = opened.config, opened.run
+    policy, model = opened.policy(round_number), opened.model()
+    if questions is None:
+        asked, label = run.questions("evaluate"), "held-out"
+    else:
+        rows = read_questions(questions, config.languages, needs_gold=True)
+        label = f"{Path(questions).stem}-{hashlib.sha256(Path(questions).expanduser().read_bytes()).hexdigest()[:8]}"
+        asked = Stage(run.storage.under(f"evaluations/{label}/questions"))
+        write_chunks(rows, asked, config.sampling.prompts_per_chunk)
+    output = Stage(run.storage.under(f"evaluations/{label}/{policy.name}"))
+    if not output.is_finished:
+        with cluster(config, say):
+            spec = EngineSpec(model, config.engines, config.train.lora, config.device, config.seed)
+            with EnginePool(spec, config.languages, say) as pool:
+                Stages(config, run, model, pool).ask(f"evaluate {policy.name}", policy, asked, output)
+    console.print(evaluation_table(f"policy {policy.name} on {label}, percent", output.record["report"]))

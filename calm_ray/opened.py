@@ -1,0 +1,41 @@
+"""A run opened again, by the folder or URI a user names: to show, evaluate or export it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calm_ray.config import WORLD, Config
+from calm_ray.errors import InputError
+from calm_ray.policies import BaseModel, Policy
+from calm_ray.rundir import RunDir
+from calm_ray.storage import Storage
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    run: RunDir
+    config: Config
+
+    def model(self) -> BaseModel:
+        """The model the run started from."""
+        if self.config.model == WORLD:
+            return BaseModel(**self.run.storage.read_json("model.json"))
+        return BaseModel(self.config.model)
+
+    def policy(self, round_number: int | None) -> Policy:
+        """The policy that a round made; 0 is the base, None the last one there is."""
+        finished = [n for n in range(1, self.config.rounds + 1) if self.run.stage(n, "train").is_finished]
+        number = round_number if round_number is not None else max(finished, default=0)
+        if number == 0:
+            return Policy()
+        if number not in finished:
+            raise InputError(f"{self.run.uri}: round {number} has not been trained; there are {finished or 'none'}")
+        return Policy(**self.run.stage(number, "train").record["policy"])
+
+
+def open_run(location: str) -> OpenedRun:
+    """Raises InputError where there is no run."""
+    storage = Storage(location)
+    parent, _, name = storage.root.rpartition("/")
+    run = RunDir(parent, name)
+    return OpenedRun(run, Config.model_validate(run.config))

@@ -1,0 +1,166 @@
+"""`train.engine: trl`: the same pairs, references and policies, trained by TRL's DPOTrainer in the same workers.
+
+DDP on CPUs, FSDP through accelerate on GPUs. All of TRL's loss types: `train.trl: {loss_type: [ipo]}`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from calm_ray.policies import Policy, publish
+from calm_ray.rows import Margin
+from calm_ray.training.batches import Example
+from calm_ray.training.loop import Report, Trainer, TrainJob, read_examples
+from calm_ray.training.model import PolicyModel, fresh_lora, lora_config
+
+
+class PairTrainer(DPOTrainer):
+    """TRL's trainer on rows that are tokenised and whose reference log-probabilities are known."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+
+def train_with_trl(job: TrainJob, device: torch.device, report: Report) -> Policy:
+    """Trains one round with TRL; writes the same things as `train_policy`. Called by every worker."""
+    training, validation, _ = read_examples(job)
+    margins = _reference_margins(job, device, training + validation)
+    metrics: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = PairTrainer(
+            model=_start_model(job),
+            args=_arguments(job, device, scratch, has_validation=bool(validation)),
+            train_dataset=_dataset(training, margins),
+            eval_dataset=_dataset(validation, margins) if validation else None,
+            processing_class=AutoTokenizer.from_pretrained(job.model.local_folder(), trust_remote_code=False),
+            callbacks=[_Metrics(job.round_number, metrics, report)],
+        )
+        trainer.train()
+        trainer.save_model(scratch)
+        return _publish(job, Path(scratch), metrics)
+
+
+def _reference_margins(
+    job: TrainJob, device: torch.device, examples: list[Example]
+) -> dict[tuple[str, int], Margin]:
+    """From calm_ray's own model, so that `train.reference` means the same for both engines."""
+    model = PolicyModel(job.model.local_folder(), job.train, device)
+    return Trainer(job, model, lambda row: None).reference_margins(examples)
+
+
+def _start_model(job: TrainJob) -> nn.Module:
+    train = job.train
+    folder = job.start.local_folder() if job.start.kind == "weights" else job.model.local_folder()
+    dtype = getattr(torch, train.dtype) if train.lora is not None else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    if train.lora is None:
+        return model
+    if job.start.kind == "adapter":
+        return PeftModel.from_pretrained(model, str(job.start.local_folder()), is_trainable=True, use_safetensors=True)
+    adapted = get_peft_model(model, lora_config(train.lora, folder))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(fresh_lora(name.replace(".default.", "."), parameter.shape, job.seed))
+    return adapted
+
+
+def _arguments(job: TrainJob, device: torch.device, scratch: str, *, has_validation: bool) -> DPOConfig:
+    train = job.train
+    world = dist.get_world_size()
+    extra = dict(train.trl)
+    per_device = extra.pop("per_device_train_batch_size", max(1, train.batch_pairs // world))
+    if train.sft_weight:
+        extra = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, train.sft_weight], **extra}
+    if world > 1 and device.type == "cuda":
+        extra = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}, **extra}
+    settings = {
+        "output_dir": scratch,
+        "beta": train.beta,
+        "learning_rate": train.learning_rate,
+        "num_train_epochs": train.epochs,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": train.warmup_share,
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": max(1, train.batch_pairs // (world * per_device)),
+        "max_grad_norm": train.max_grad_norm,
+        "weight_decay": train.weight_decay,
+        "max_length": train.max_pair_tokens,
+        "precompute_ref_log_probs": True,
+        "gradient_checkpointing": train.activation_checkpointing,
+        "bf16": device.type == "cuda" and train.dtype == "bfloat16",
+        "use_cpu": device.type == "cpu",
+        "seed": job.seed,
+        "eval_strategy": "epoch" if has_validation else "no",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+    return DPOConfig(**{**settings, **extra})
+
+
+def _dataset(examples: list[Example], margins: dict[tuple[str, int], Margin]) -> Dataset:
+    rows = [(example, margins[example.question_id, example.pair]) for example in examples]
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [example.prompt for example, _ in rows],
+            "chosen_ids": [example.chosen for example, _ in rows],
+            "rejected_ids": [example.rejected for example, _ in rows],
+            "ref_chosen_logps": [margin["ref_chosen_logps"] for _, margin in rows],
+            "ref_rejected_logps": [margin["ref_rejected_logps"] for _, margin in rows],
+        }
+    )
+
+
+class _Metrics(TrainerCallback):
+    """Passes TRL's log lines on as metrics rows."""
+
+    def __init__(self, round_number: int, rows: list[dict[str, Any]], report: Callable[[dict[str, Any]], None]) -> None:
+        self._round, self._rows, self._report = round_number, rows, report
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._note(state, {"steps": state.max_steps})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        names = {"loss": "train/loss", "eval_loss": "validation/loss", "learning_rate": "learning_rate"}
+        self._note(state, {"step": state.global_step} | {names.get(k, f"trl/{k}"): v for k, v in (logs or {}).items()})
+
+    def _note(self, state: Any, row: dict[str, Any]) -> None:
+        if state.is_world_process_zero:
+            line = {"round": self._round, **row}
+            self._rows.append(line)
+            self._report(line)
+
+
+def _publish(job: TrainJob, saved: Path, metrics: list[dict[str, Any]]) -> Policy:
+    """Publishes what TRL saved, without its pickled arguments."""
+    found: list[Policy | None] = [None]
+    if dist.get_rank() == 0:
+        folder = saved / "policy"
+        folder.mkdir()
+        for file in saved.iterdir():
+            if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
+                shutil.move(file, folder / file.name)
+        kind = "adapter" if job.train.lora is not None else "weights"
+        found = [publish(folder, job.output.storage, "policy", job.round_number, kind)]
+        job.output.storage.write_json("metrics.json", metrics)
+    dist.broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
