@@ -49,8 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     raw = argparse.RawDescriptionHelpFormatter
 
-    align = commands.add_parser("align", help="run rounds of self-alignment", description=ALIGN_HELP, formatter_class=raw)
-    align.add_argument("recipe", nargs="*", help="a recipe (YAML) and overrides: section.key=value", metavar="RECIPE|KEY=VALUE")
+    align = commands.add_parser(
+        "align", help="run rounds of self-alignment", description=ALIGN_HELP, formatter_class=raw
+    )
+    align.add_argument(
+        "recipe", nargs="*", help="a recipe (YAML) and overrides: section.key=value", metavar="RECIPE|KEY=VALUE"
+    )
     align.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     align.add_argument("--overwrite", action="store_true", help="delete a run of the same name first")
     align.set_defaults(command=_align)
@@ -63,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="ask a run's policy the questions of a file")
     evaluate.add_argument("run", help="the run's folder or URI")
-    evaluate.add_argument("--questions", help="jsonl or parquet with gold answers; default: the run's held-out questions")
+    evaluate.add_argument(
+        "--questions", help="jsonl or parquet with gold answers; default: the run's held-out questions"
+    )
     evaluate.add_argument("--round", type=int, help="whose policy; 0 is the base model; default: the last one")
     evaluate.set_defaults(command=_evaluate)
 
@@ -108,4 +114,3 @@ def _export(options: argparse.Namespace) -> None:
     from calm_ray.export import export_policy
 
     export_policy(options.run, options.target, options.round)
-

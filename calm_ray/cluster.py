@@ -73,7 +73,9 @@ def check_resources(needed: dict[str, float]) -> None:
     most = {name: max(present.get(name, 0.0), float(limits.get(name, 0.0))) for name in needed}
     short = {name: amount for name, amount in needed.items() if amount > most[name]}
     if short:
-        wants = ", ".join(f"{amount:g} {name} (the cluster has at most {most[name]:g})" for name, amount in short.items())
+        wants = ", ".join(
+            f"{amount:g} {name} (the cluster has at most {most[name]:g})" for name, amount in short.items()
+        )
         raise InputError(
             f"engines and train.workers: this run needs {wants}. "
             "Lower engines.per_language, engines.shared, engines.cpus, train.workers or train.cpus_per_worker, "

@@ -201,7 +201,9 @@ class Config(Section):
         if self.train.lora is None and self.engines.refresh == "adapter":
             raise ValueError("engines.refresh: full fine-tuning (train.lora: null) has no adapter; set it to merged")
         if self.model == WORLD and (self.questions.align or self.questions.evaluate):
-            raise ValueError("questions: the demo world asks its own questions; set model to a folder, or leave these out")
+            raise ValueError(
+                "questions: the demo world asks its own questions; set model to a folder, or leave these out"
+            )
         if self.model != WORLD and not self.questions.align:
             raise ValueError("questions.align: name a file of questions to align on")
         if self.preferences.translator == "world" and self.model != WORLD:
@@ -231,7 +233,9 @@ def load_config(recipe: str | Path | None = None, overrides: list[str] | None = 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError(f"{path}: there is no such recipe; the ones that come with calm_ray are in {DEMO_RECIPE.parent}")
+        raise InputError(
+            f"{path}: there is no such recipe; the ones that come with calm_ray are in {DEMO_RECIPE.parent}"
+        )
     try:
         raw = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -47,13 +47,13 @@ def _prepare_world(config: Config) -> Inputs:
 
     foreign = [code for code in config.languages if code not in world_languages()]
     if foreign:
-        raise InputError(f"languages: the demo world speaks {', '.join(world_languages())}; it does not speak {foreign[0]}")
+        raise InputError(
+            f"languages: the demo world speaks {', '.join(world_languages())}; it does not speak {foreign[0]}"
+        )
     from calm_ray.world.pretraining import world_model
 
     world = build_world(config.world.seed)
-    align, evaluate = (
-        [row for row in part if row["language"] in config.languages] for part in world_questions(world)
-    )
+    align, evaluate = ([row for row in part if row["language"] in config.languages] for part in world_questions(world))
     folder, sha256 = world_model(world)
     return Inputs(BaseModel(folder.name, sha256=sha256), folder, align, evaluate)
 
@@ -64,7 +64,9 @@ def _is_path(name: str) -> bool:
 
 def _check_model_name(name: str) -> None:
     if _is_path(name) and not Path(name).expanduser().is_dir():
-        raise InputError(f"model: there is no folder {name}; give a folder with a Hugging Face model, or a name on the hub")
+        raise InputError(
+            f"model: there is no folder {name}; give a folder with a Hugging Face model, or a name on the hub"
+        )
     if not _is_path(name) and name.count("/") != 1:
         raise InputError(f"model: {name!r} is neither a folder that exists nor a name on the hub (owner/name)")
 

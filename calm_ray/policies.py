@@ -1,8 +1,8 @@
 """Policies by name: the base model, or an immutable adapter or set of weights that a round wrote.
 
 Names change with every round and carry a hash of the weights, so no cache can serve an older policy under a newer name.
-A node reads a policy from its own disk: the cache folder `CALM_RAY_CACHE` (default `~/.cache/calm_ray`) holds copies keyed
-by hash.
+A node reads a policy from its own disk: the cache folder `CALM_RAY_CACHE` (default `~/.cache/calm_ray`) holds copies,
+keyed by hash.
 """
 
 from __future__ import annotations
@@ -70,11 +70,15 @@ def fetch(location: str, sha256: str, folder: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         Storage(location).download("", folder)
     if hash_folder(folder) != sha256:
-        raise CalmRayError(f"{folder} is not what {location} held when it was written; delete the folder and start again")
+        raise CalmRayError(
+            f"{folder} is not what {location} held when it was written; delete the folder and start again"
+        )
     return folder
 
 
-def publish(folder: Path, storage: Storage, relative: str, round_number: int, kind: Literal["adapter", "weights"]) -> Policy:
+def publish(
+    folder: Path, storage: Storage, relative: str, round_number: int, kind: Literal["adapter", "weights"]
+) -> Policy:
     """Copies a policy's folder into the run's storage and names it after its round and its hash."""
     sha256 = hash_folder(folder)
     storage.upload(folder, relative)
@@ -86,4 +90,6 @@ def require_safetensors(folder: Path) -> None:
     names = [file.name for file in folder.iterdir()]
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
     if not any(name.endswith(".safetensors") for name in names):
-        raise InputError(f"{folder}: holds no *.safetensors weights ({', '.join(pickles) or 'none at all'}); convert them first")
+        raise InputError(
+            f"{folder}: holds no *.safetensors weights ({', '.join(pickles) or 'none at all'}); convert them first"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from calm_ray.about import about
 from calm_ray.cluster import check_storage, cluster
 from calm_ray.config import Config
@@ -47,5 +46,3 @@ def align(config: Config, *, overwrite: bool = False) -> RunDir:
                 summarise(config, run)
             run.finish({"engine_starts": pool.starts, "engines": len(pool.engines)})
     return run
-
-

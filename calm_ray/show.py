@@ -41,7 +41,9 @@ def _find(pairs: Stage, questions: Stage, question_id: str | None) -> tuple[str,
         for row in rows_of(stage.read_chunk(chunk)):
             if question_id in (None, row["question_id"]):
                 return chunk, row["question_id"]
-    raise InputError(f"question {question_id!r} is not in this run" if question_id else "no question of this round has a pair")
+    raise InputError(
+        f"question {question_id!r} is not in this run" if question_id else "no question of this round has a pair"
+    )
 
 
 def _rows(stage: Stage, chunk: str, question_id: str) -> list:  # type: ignore[type-arg]
@@ -64,7 +66,9 @@ def _show_completions(opened: OpenedRun, round_number: int, chunk: str, question
     for language in opened.config.languages:
         completions: list[Completion] = _rows(stage, f"{chunk}-{language}", question_id)
         for row in completions:
-            table.add_row(language, str(row["sample"]), row["answer"] or "-", row["text"].replace("\n", " / "), row["policy"])
+            table.add_row(
+                language, str(row["sample"]), row["answer"] or "-", row["text"].replace("\n", " / "), row["policy"]
+            )
     console.print(table)
 
 
@@ -77,7 +81,9 @@ def _show_vote(vote: Vote, gold: str | None) -> None:
 
 def _show_pair(pair: Pair) -> None:
     carried = "" if pair["language"] == pair["chosen_language"] else f", carried over from {pair['chosen_language']}"
-    console.print(f"a pair in {pair['language']}: chosen {pair['chosen_answer']}{carried}, rejected {pair['rejected_answer']}")
+    console.print(
+        f"a pair in {pair['language']}: chosen {pair['chosen_answer']}{carried}, rejected {pair['rejected_answer']}"
+    )
     chosen, rejected = pair["chosen"], pair["rejected"]
     left, right = Text(), Text()
     for kind, a, b, c, d in SequenceMatcher(None, chosen, rejected, autojunk=False).get_opcodes():

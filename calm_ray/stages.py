@@ -81,7 +81,7 @@ class Stages:
         return stage.finish(record)
 
     def train(self, number: int, start: Policy) -> Policy:
-        """The policy of this round. Without pairs there is nothing to learn, and it is the one the round started from."""
+        """The policy of this round; without pairs there is nothing to learn, and it stays the one it starts from."""
         stage = self.run.stage(number, "train")
         if stage.is_finished:
             return Policy(**stage.record["policy"])
@@ -122,8 +122,8 @@ class Stages:
                     if change < -COLLAPSE_NATS and not warned:
                         warned = True
                         say(
-                            f"  warning: at step {row['step']} the chosen answers have become {-change:.1f} nats per token "
-                            "less likely than under the reference; DPO is lowering both sides. "
+                            f"  warning: at step {row['step']} the chosen answers have become {-change:.1f} nats per "
+                            "token less likely than under the reference; DPO is lowering both sides. "
                             "Lower train.learning_rate or raise train.sft_weight."
                         )
 

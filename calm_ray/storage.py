@@ -86,7 +86,7 @@ class Storage:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        Path(temporary).replace(target)
 
     def read(self, relative: str) -> bytes:
         with self.filesystem.open_input_stream(self.path(relative)) as stream:

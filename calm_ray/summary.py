@@ -71,14 +71,16 @@ def print_summary(summary: dict[str, Any]) -> None:
         cells += [_percent(entry["vote_accuracy"]), str(entry["pairs"]), f"{sum(entry['seconds'].values()):.0f}"]
         table.add_row(*cells)
     console.print(table)
-    console.print("* accuracy of the vote over all languages on the sampled questions; gold is reported, never trained on")
+    console.print(
+        "* accuracy of the vote over all languages on the sampled questions; gold is reported, never trained on"
+    )
 
 
 def evaluation_table(title: str, report: dict[str, Any]) -> Table:
     """One policy's report as a table."""
     table = Table(title=title, title_justify="left")
     cells = {
-        **{code: share for code, share in report["accuracy"].items()},
+        **dict(report["accuracy"].items()),
         "mean": report["accuracy_mean"],
         **{f"Consistency_{size}": value for size, value in report["consistency"].items()},
         **{f"AC3_{size}": value for size, value in report["ac3"].items()},

@@ -40,11 +40,8 @@ def draft_pairs(completions: Sequence[Completion], preferences: Preferences, see
     come first, then those of other languages; within each, the order is drawn by `seed`. Texts that are the same count
     once, so that the positives of a completion differ. Gold answers play no part here.
     """
-    if preferences.scope == "own_language":
-        # A control: every language is a world of its own, votes alone and learns from itself alone.
-        groups = _by_language(completions)
-    else:
-        groups = {"": list(completions)}
+    # A control: with `own_language` every language is a world of its own, votes alone and learns from itself alone.
+    groups = _by_language(completions) if preferences.scope == "own_language" else {"": list(completions)}
     drafts: list[Draft] = []
     for group in groups.values():
         result = vote(group, preferences, seed)

@@ -54,9 +54,7 @@ class PreferenceJob:
         completions = self._read(chunk)
         by_question = group_by_question(completions)
         votes = [vote(rows, self.preferences, self.seed) for rows in by_question.values()]
-        drafts = [
-            draft for rows in by_question.values() for draft in draft_pairs(rows, self.preferences, self.seed)
-        ]
+        drafts = [draft for rows in by_question.values() for draft in draft_pairs(rows, self.preferences, self.seed)]
         questions = {(q["question_id"], q["language"]): q for q in rows_of(self.questions.read_chunk(chunk))}
         tokenizer = load_tokenizer(self.model)
         texts = carry_over(drafts, questions, self._translator())
@@ -111,7 +109,9 @@ def count_chunks(job: PreferenceJob, chunks: Sequence[str], cpus: float) -> Coun
     return total
 
 
-def _over_chunks(function: Callable[[dict[str, Any]], dict[str, Any]], chunks: Sequence[str], cpus: float) -> Iterator[Any]:
+def _over_chunks(
+    function: Callable[[dict[str, Any]], dict[str, Any]], chunks: Sequence[str], cpus: float
+) -> Iterator[Any]:
     if chunks:
         dataset = ray.data.from_items([{"chunk": chunk} for chunk in chunks], override_num_blocks=len(chunks))
         yield from dataset.map(function, num_cpus=cpus).iter_rows()

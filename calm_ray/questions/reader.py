@@ -95,7 +95,9 @@ def _checked(raw: Any, where: str, needs_gold: bool) -> Question:
     if gold is None and needs_gold:
         raise InputError(f"{where}: field 'gold' is missing; questions for evaluation need their right letter")
     if gold is not None and gold not in list(LETTERS[: len(choices)]):
-        raise InputError(f"{where}: field 'gold' is {gold!r}; it must be a letter from A to {LETTERS[len(choices) - 1]}")
+        raise InputError(
+            f"{where}: field 'gold' is {gold!r}; it must be a letter from A to {LETTERS[len(choices) - 1]}"
+        )
     subject = raw.get("subject")
     return Question(
         question_id=str(raw["question_id"]),

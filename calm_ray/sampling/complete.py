@@ -52,7 +52,9 @@ def complete(
     prompts = [encode_prompt(generator.tokenizer, prompt_text(question, instruction)) for question in questions]
     seeds = [derive_seed(seed, round_number, row["question_id"], row["language"]) for row in questions]
     rows = []
-    for question, prompt, generated in zip(questions, prompts, generator.generate(prompts, decoding, seeds), strict=True):
+    for question, prompt, generated in zip(
+        questions, prompts, generator.generate(prompts, decoding, seeds), strict=True
+    ):
         for sample, completion in enumerate(generated):
             rows.append(_row(question, prompt, completion, sample, round_number, generator.policy))
     return rows

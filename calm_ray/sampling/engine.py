@@ -98,9 +98,7 @@ class VLLMGenerator:
         # What is cached was computed by the weights of before.
         self._llm.reset_prefix_cache()
 
-    def generate(
-        self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]
-    ) -> list[list[Generated]]:
+    def generate(self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]) -> list[list[Generated]]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -150,8 +148,7 @@ def _engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
     return args | spec.engines.args
 
 
-@ray.remote
-class Engine:
+class EngineActor:
     """The actor. It reads questions and writes rows through the run's storage; what it returns are counts."""
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -185,3 +182,6 @@ class Engine:
         prompts = [encode_prompt(self._generator.tokenizer, message) for message in messages]
         greedy = Decoding(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=max_new_tokens)
         return [one[0].text for one in self._generator.generate(prompts, greedy, [0] * len(prompts))]
+
+
+Engine = ray.remote(EngineActor)

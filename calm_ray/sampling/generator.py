@@ -39,8 +39,6 @@ class Generator(Protocol):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
-    def generate(
-        self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]
-    ) -> list[list[Generated]]:
+    def generate(self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]) -> list[list[Generated]]:
         """`decoding.samples` completions of each prompt (token ids); one seed for each prompt."""
         ...

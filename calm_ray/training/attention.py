@@ -1,10 +1,11 @@
-"""Attention over packed sequences: each sequence sees itself only, and nothing is computed for the pairs of different ones.
+"""Attention over packed sequences: each sequence sees itself only, and nothing is computed between different ones.
 
 Registered with transformers as `varlen`, for models that call their attention through transformers' interface.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -43,7 +44,13 @@ def varlen_attention(
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -61,7 +68,7 @@ def _one_by_one(
 ) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     outputs = []
-    for start, end in zip(boundaries, boundaries[1:], strict=False):
+    for start, end in itertools.pairwise(boundaries):
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         mask = None
         if window is not None and end - start > window:

@@ -6,8 +6,10 @@ decide only where a pair is computed, never which pairs a step takes or how they
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,8 +72,9 @@ class PackedBatch:
     """[N], float, tokens that are scored."""
 
     def to(self, device: torch.device) -> PackedBatch:
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        return PackedBatch(**moved)
+        tensors = {name: value for name, value in self.__dict__.items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return replace(self, **moved)
 
 
 def pack(examples: Sequence[Example], chosen_only: bool) -> PackedBatch:
@@ -96,7 +99,7 @@ def pack(examples: Sequence[Example], chosen_only: bool) -> PackedBatch:
         labels=torch.tensor([labels]),
         sequence_ids=torch.tensor(owners),
         boundaries=torch.tensor(boundaries, dtype=torch.int32),
-        longest=max(end - start for start, end in zip(boundaries, boundaries[1:], strict=False)),
+        longest=max(end - start for start, end in itertools.pairwise(boundaries)),
         completion_lengths=torch.tensor(lengths, dtype=torch.float32),
     )
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from calm_ray.rundir import Stage
 from calm_ray.training.batches import Example, epoch_order, example_of, is_validation, pack, worker_packs
 from calm_ray.training.model import PolicyModel
 from calm_ray.training.objectives import cosine_with_warmup, dpo_losses, sft_losses
+
 
 @dataclass(frozen=True)
 class TrainJob:
@@ -40,6 +41,10 @@ class TrainJob:
     def chosen_only(self) -> bool:
         return self.method == "sft"
 
+    @property
+    def kind(self) -> Literal["adapter", "weights"]:
+        return "adapter" if self.train.lora is not None else "weights"
+
 
 Report = Callable[[dict[str, Any]], None]
 """Takes a step's metrics; called on the first worker only."""
@@ -58,8 +63,7 @@ def train_policy(job: TrainJob, device: torch.device, report: Report) -> Policy:
         policy_model.save(folder)
         found: list[Policy | None] = [None]
         if dist.get_rank() == 0:
-            kind = "adapter" if job.train.lora is not None else "weights"
-            found = [publish(folder, job.output.storage, "policy", job.round_number, kind)]
+            found = [publish(folder, job.output.storage, "policy", job.round_number, job.kind)]
             job.output.storage.write_json("metrics.json", trainer.metrics)
         dist.broadcast_object_list(found)
     assert found[0] is not None

@@ -10,7 +10,7 @@ from calm_ray.policies import BaseModel, Policy, cache_folder
 
 
 def merge(model: Path, adapter: Path, target: Path) -> None:
-    """Writes the model with the adapter merged into its weights, as safetensors, with its tokenizer and configuration."""
+    """Writes the model with the adapter merged into its weights, as safetensors, with tokenizer and configuration."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_slices
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -187,7 +187,7 @@ def _load_weights(state: dict[str, Tensor], folder: Path) -> None:
             f"{folder}: its safetensors files lack {len(missing)} weights of the model, {missing[0]} for one; "
             "train.engine: trl loads models whose files name their weights in other ways"
         )
-    dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)))
+    load_slices(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def _read_adapter(folder: Path) -> dict[str, Tensor]:
@@ -221,10 +221,13 @@ def _save_weights(model: nn.Module, source: Path, folder: Path, is_writer: bool)
     if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
-            if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")):
+            if file.is_file() and not file.name.endswith(
+                (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
+            ):
                 (folder / file.name).write_bytes(file.read_bytes())
     part: dict[str, Tensor] = {}
-    size, index = 0, {}
+    size = 0
+    index: dict[str, str] = {}
 
     def flush() -> None:
         nonlocal part, size
@@ -243,7 +246,9 @@ def _save_weights(model: nn.Module, source: Path, folder: Path, is_writer: bool)
             flush()
     flush()
     if is_writer:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": index}, indent=1)
+        )
 
 
 def _is_half(folder: Path) -> bool:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 def dpo_losses(chosen_logps: Tensor, rejected_logps: Tensor, ref_margins: Tensor, *, beta: float) -> Tensor:
     """DPO, one loss for each pair, all shapes [B] (CALM, section 2.3; Rafailov et al. 2023, Eq. 7).
 
-    With m = (log p(chosen) - log p(rejected)) - (the same under the reference): -log sigmoid(beta m). Where the policy is
-    the reference, m is 0 and the loss ln 2.
+    With m = (log p(chosen) - log p(rejected)) - (the same under the reference): -log sigmoid(beta m). Where the policy
+    is the reference, m is 0 and the loss ln 2.
     """
     margins = (chosen_logps - rejected_logps) - ref_margins
     return -F.logsigmoid(beta * margins)

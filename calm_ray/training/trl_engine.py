@@ -55,9 +55,7 @@ def train_with_trl(job: TrainJob, device: torch.device, report: Report) -> Polic
         return _publish(job, Path(scratch), metrics)
 
 
-def _reference_margins(
-    job: TrainJob, device: torch.device, examples: list[Example]
-) -> dict[tuple[str, int], Margin]:
+def _reference_margins(job: TrainJob, device: torch.device, examples: list[Example]) -> dict[tuple[str, int], Margin]:
     """From calm_ray's own model, so that `train.reference` means the same for both engines."""
     model = PolicyModel(job.model.local_folder(), job.train, device)
     return Trainer(job, model, lambda row: None).reference_margins(examples)
@@ -158,8 +156,7 @@ def _publish(job: TrainJob, saved: Path, metrics: list[dict[str, Any]]) -> Polic
         for file in saved.iterdir():
             if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
                 shutil.move(file, folder / file.name)
-        kind = "adapter" if job.train.lora is not None else "weights"
-        found = [publish(folder, job.output.storage, "policy", job.round_number, kind)]
+        found = [publish(folder, job.output.storage, "policy", job.round_number, job.kind)]
         job.output.storage.write_json("metrics.json", metrics)
     dist.broadcast_object_list(found)
     assert found[0] is not None

@@ -16,7 +16,6 @@ from calm_ray.policies import Policy
 from calm_ray.training.loop import TrainJob
 
 
-@ray.remote(num_cpus=0)
 class MetricsQueue:
     """Carries metrics from the first worker to the driver while training runs."""
 
@@ -36,7 +35,7 @@ def train_round(job: TrainJob, device: str, report: Callable[[dict[str, Any]], N
 
     Raises CalmRayError with the worker's own error where training fails.
     """
-    queue = MetricsQueue.remote()
+    queue = ray.remote(num_cpus=0)(MetricsQueue).remote()
     resources = {"CPU": job.train.cpus_per_worker} | ({"GPU": 1.0} if device == "gpu" else {})
     trainer = TorchTrainer(
         train_worker,

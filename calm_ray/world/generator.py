@@ -72,7 +72,9 @@ class World:
 
     def statement(self, town: int, topic: str, value: int, language: str) -> str:
         words = lexicon()["topics"][topic]
-        return words["statement"][language].format(name=self.name(town, language), value=words["values"][language][value])
+        return words["statement"][language].format(
+            name=self.name(town, language), value=words["values"][language][value]
+        )
 
     def question(self, town: int, topic: str, options: list[int], language: str) -> Question:
         words = lexicon()["topics"][topic]
@@ -114,7 +116,9 @@ def build_world(seed: int) -> World:
     """The world of a seed; the same seed gives the same world on every machine."""
     rng = random.Random(f"world-{seed}")
     syllables = len(lexicon()["syllables"]["latin"])
-    names = [(a, b, c) for a in range(syllables) for b in range(syllables) for c in range(syllables) if a != b != c]
+    names: list[tuple[int, ...]] = [
+        (a, b, c) for a in range(syllables) for b in range(syllables) for c in range(syllables) if a != b != c
+    ]
     towns = rng.sample(names, TOWNS)
     facts: dict[tuple[int, str], int] = {}
     for topic in topics():

@@ -1,7 +1,7 @@
 """Pretrains the demo's model on this machine, once: a Llama of a million parameters that has read about its world.
 
-A curriculum, because each skill needs the one before: to find the letter that stands before an option; the facts, stated
-in every language; answering questions truthfully; and last the world's habits, which answer behind the barriers.
+A curriculum, because each skill needs the one before: to find the letter that stands before an option; the facts,
+stated in every language; answering questions truthfully; and last the habits, which answer behind the barriers.
 """
 
 from __future__ import annotations

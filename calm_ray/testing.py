@@ -1,0 +1,73 @@
+"""What tests of users and of calm_ray itself need: a deterministic generator, a small tokenizer, a small model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from calm_ray.sampling.generator import Decoding, Generated
+
+
+class ScriptedGenerator:
+    """A `Generator` that answers by a rule instead of a model: `reply` takes a prompt's text and a sample's number."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, reply: Callable[[str, int], str]) -> None:
+        self.policy = "base"
+        self.tokenizer = tokenizer
+        self._reply = reply
+
+    def generate(self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]) -> list[list[Generated]]:
+        return [self._one(str(self.tokenizer.decode(prompt)), decoding) for prompt in prompts]
+
+    def _one(self, prompt: str, decoding: Decoding) -> list[Generated]:
+        texts = [self._reply(prompt, number) for number in range(decoding.samples)]
+        eos = self.tokenizer.eos_token_id
+        return [Generated(text, [*self.tokenizer.encode(text), eos], "stop") for text in texts]
+
+
+def word_tokenizer(words: Iterable[str], chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words between spaces; words it does not know become `<unk>`."""
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<eos>", "<unk>", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    fast.chat_template = chat_template
+    return fast
+
+
+def write_tiny_model(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int = 0,
+    width: int = 64,
+    layers: int = 2,
+    key_value_heads: int = 1,
+    tied: bool = False,
+) -> Path:
+    """Writes a Llama with random weights and the tokenizer, as a Hugging Face folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+
+from calm_ray.config import DEMO_RECIPE, load_config
+from calm_ray.errors import InputError
+
+RECIPES = sorted(DEMO_RECIPE.parent.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid(recipe: Path) -> None:
+    assert load_config(recipe).name
+
+
+def test_overrides_are_typed() -> None:
+    config = load_config(None, ["train.learning_rate=5e-6", "rounds=3", "train.lora.targets=[q_proj]", "seed=7"])
+    assert (config.train.learning_rate, config.rounds, config.seed) == (5e-6, 3, 7)
+    assert config.train.lora is not None
+    assert config.train.lora.targets == ["q_proj"]
+    assert config.train.lora.r == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rouds=2", "rouds is not known; did you mean rounds?"),
+        ("train.lerning_rate=1", "train.lerning_rate: lerning_rate is not known; did you mean learning_rate?"),
+        ("train.lora.rank=4", "train.lora.rank"),
+        ("rounds=0", "rounds: Input should be greater than or equal to 1 (it is 0)"),
+        ("rounds=two", "rounds: Input should be a valid integer"),
+        ("sampling.top_p=1.5", "sampling.top_p"),
+        ("languages=[en, xx]", "languages: xx is not known"),
+        ("languages=[en, en]", "a language is named twice"),
+        ("engines.shared=1", "set exactly one of engines.per_language and engines.shared"),
+        ("engines.args.trust_remote_code=true", "engines.args may not set trust_remote_code"),
+        ("train.lora=null", "engines.refresh"),
+        ("name=../elsewhere", "name:"),
+        ("train.shards=3", "train.shards: must divide train.workers"),
+        ("rounds.more=1", "rounds is a value, not a section"),
+        ("rounds", "an override looks like section.key=value"),
+        ("model=/nowhere", "questions.align"),
+        ("device=tpu", "device"),
+    ],
+)
+def test_bad_overrides_are_refused_by_name(override: str, message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        load_config(None, [override])
+    assert message in str(refused.value)
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(InputError) as refused:
+        load_config(None, ["rouds=2", "train.epochs=0"])
+    assert "rouds" in str(refused.value)
+    assert "train.epochs" in str(refused.value)
+
+
+def test_defaults_are_those_of_the_paper(tmp_path: Path) -> None:
+    recipe = tmp_path / "plain.yaml"
+    recipe.write_text(
+        "name: plain\nlanguages: [en]\nmodel: some/model\nquestions: {align: q.jsonl}\nengines: {per_language: 1}\n"
+    )
+    config = load_config(recipe)
+    assert (config.sampling.completions, config.sampling.temperature, config.sampling.top_p) == (3, 1.0, 0.9)
+    assert config.sampling.max_new_tokens == 512
+    train = config.train
+    assert (train.beta, train.learning_rate, train.epochs, train.warmup_share) == (0.1, 5e-6, 3, 0.1)
+    assert train.lora is not None
+    assert (train.lora.r, train.lora.alpha, train.lora.targets) == (8, 16, ["q_proj", "v_proj"])
+    assert (train.validation_share, train.sft_weight, train.reference) == (0.06, 0.0, "base")
+    sft = load_config(recipe, ["method=sft"]).train
+    assert (sft.learning_rate, sft.warmup_share) == (5e-5, 0.0)
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no such recipe"):
+        load_config(tmp_path / "none.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [")
+    with pytest.raises(InputError, match="not readable as YAML"):
+        load_config(bad)
+    bad.write_text("- a list")
+    with pytest.raises(InputError, match="a recipe is a mapping"):
+        load_config(bad)

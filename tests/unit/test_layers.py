@@ -1,0 +1,49 @@
+"""The pure core imports neither Ray nor vLLM, and parsing a command line imports nothing heavy."""
+
+import subprocess
+import sys
+
+import pytest
+
+CORE = [
+    "calm_ray.rows",
+    "calm_ray.languages",
+    "calm_ray.seeds",
+    "calm_ray.storage",
+    "calm_ray.rundir",
+    "calm_ray.policies",
+    "calm_ray.questions.reader",
+    "calm_ray.sampling.prompts",
+    "calm_ray.sampling.answers",
+    "calm_ray.sampling.complete",
+    "calm_ray.preferences.voting",
+    "calm_ray.preferences.pairs",
+    "calm_ray.preferences.translators",
+    "calm_ray.evaluation.metrics",
+    "calm_ray.evaluation.report",
+    "calm_ray.training.objectives",
+    "calm_ray.training.batches",
+    "calm_ray.training.loop",
+    "calm_ray.training.model",
+    "calm_ray.world.generator",
+    "calm_ray.world.translator",
+    "calm_ray.testing",
+]
+
+
+def loaded(code: str) -> set[str]:
+    """The top-level modules that are there after running the code in a fresh process."""
+    script = f"{code}\nimport sys\nprint(' '.join(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_core_knows_neither_ray_nor_vllm() -> None:
+    modules = loaded("\n".join(f"import {name}" for name in CORE))
+    assert not modules & {"ray", "vllm"}
+
+
+@pytest.mark.parametrize("arguments", [["align", "--help"], ["align", "--dry-run"], ["--help"]])
+def test_parsing_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = f"from calm_ray.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass"
+    assert not loaded(code) & {"torch", "ray", "vllm", "transformers", "numpy", "pyarrow"}

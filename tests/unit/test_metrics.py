@@ -1,0 +1,70 @@
+"""Against the numbers of SeaEval's code (SeaEval/SeaEval, dd3be0f, cross_lingual_assessment.py), executed elsewhere.
+
+The cases are in golden_metrics.json beside the data; a few small ones are repeated here by hand.
+"""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calm_ray.evaluation.metrics import ac3, accuracy, consistency, unreadable
+
+Letters = dict[str, list[str | None]]
+
+
+def by_question(answers: Letters) -> dict[str, dict[str, str | None]]:
+    return {code: {str(i): answer for i, answer in enumerate(column)} for code, column in answers.items()}
+
+
+def test_consistency_by_hand() -> None:
+    answers = by_question({"en": ["A", "B", "C"], "zh": ["A", "B", "D"], "fr": ["A", "C", "D"]})
+    # Pairs en-zh 2/3, en-fr 1/3, zh-fr 2/3; all three agree on one question of three.
+    assert consistency(answers, 2) == pytest.approx(5 / 9)
+    assert consistency(answers, 3) == pytest.approx(1 / 3)
+
+
+def test_an_unreadable_answer_is_wrong_and_agrees_with_nothing() -> None:
+    answers = by_question({"en": [None, "A"], "fr": [None, "A"]})
+    assert consistency(answers, 2) == 0.5
+    assert accuracy(answers["en"], {"0": "A", "1": "A"}) == 0.5
+    assert unreadable(answers) == 0.5
+
+
+def test_ac3() -> None:
+    assert ac3(0.5, 0.5) == 0.5
+    assert ac3(0.0, 0.0) == 0.0
+    # CALM, Table 1, row Llama: accuracies of six languages, consistency 57.73, AC3 58.24.
+    mean = sum([73.1, 52.1, 60.8, 59.8, 57.5, 49.2]) / 600
+    assert ac3(mean, 0.5773) == pytest.approx(0.5824, abs=1e-4)
+
+
+@given(st.lists(st.lists(st.sampled_from(["A", "B", None]), min_size=4, max_size=4), min_size=1, max_size=12))
+def test_consistency_counts_what_listing_all_subsets_counts(rows: list[list[str | None]]) -> None:
+    answers = by_question({code: [row[i] for row in rows] for i, code in enumerate(["en", "fr", "ru", "zh"])})
+    for size in (2, 3, 4):
+        subsets = list(combinations(range(4), size))
+        agreeing = sum(
+            row[subset[0]] is not None and len({row[i] for i in subset}) == 1 for row in rows for subset in subsets
+        )
+        assert consistency(answers, size) == pytest.approx(agreeing / len(subsets) / len(rows))
+
+
+def test_golden_values(data: Path) -> None:
+    golden = data.parent / "reference" / "golden_metrics.json"
+    if not golden.is_file():
+        pytest.skip(f"golden values: {golden} is not there")
+    (group,) = [g for g in json.loads(golden.read_text("utf-8"))["groups"] if g["name"] == "consistency_s_ac3_s"]
+    assert group["cases"]
+    for case in group["cases"]:
+        answers = by_question(case["answers"])
+        gold = {str(i): right for i, right in enumerate(case["gold"])}
+        mean = sum(accuracy(answers[code], gold) for code in answers) / len(answers)
+        assert mean == pytest.approx(case["expected"]["accuracy"], abs=1e-9)
+        for size in range(2, len(answers) + 1):
+            value = consistency(answers, size)
+            assert value == pytest.approx(case["expected"][f"consistency_score_{size}"], abs=1e-9)
+            assert ac3(mean, value) == pytest.approx(case["expected"][f"AC3_{size}"], abs=1e-9)

@@ -1,0 +1,113 @@
+from collections.abc import Sequence
+
+from factories import completion, completions, question
+
+from calm_ray.config import Preferences
+from calm_ray.preferences.pairs import Draft, carry_over, draft_pairs, finish_pairs
+from calm_ray.preferences.translators import ModelTranslator, Passage
+from calm_ray.testing import word_tokenizer
+
+
+class Upper:
+    """Carries everything but what stands in `fails`."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails = fails
+
+    def carry(self, passages: Sequence[Passage]) -> list[str | None]:
+        return [None if p.text == self.fails else f"{p.target}: {p.text.upper()}" for p in passages]
+
+
+def letters_of(drafts: list[Draft]) -> list[tuple[str, str | None, str, str | None]]:
+    return [(d.winner["language"], d.winner["answer"], d.loser["language"], d.loser["answer"]) for d in drafts]
+
+
+def test_every_losing_completion_gets_a_winner_of_its_own_language_first() -> None:
+    drafts = draft_pairs(completions({"en": "BBA", "fr": "ABB"}), Preferences(), seed=0)
+    assert letters_of(drafts) == [("en", "B", "en", "A"), ("fr", "B", "fr", "A")]
+    assert not any(draft.is_carried for draft in drafts)
+
+
+def test_a_winner_is_carried_over_where_the_language_has_none() -> None:
+    drafts = draft_pairs(completions({"en": "BBB", "fr": "ACA"}), Preferences(), seed=0)
+    assert letters_of(drafts) == [("en", "B", "fr", "A"), ("en", "B", "fr", "C"), ("en", "B", "fr", "A")]
+    assert all(draft.is_carried for draft in drafts)
+
+
+def test_unreadable_completions_neither_win_nor_lose() -> None:
+    drafts = draft_pairs(completions({"en": "BB-", "fr": "-A-"}), Preferences(), seed=0)
+    assert [(d.loser["language"], d.loser["sample"]) for d in drafts] == [("fr", 1)]
+
+
+def test_a_dropped_tie_gives_no_pairs() -> None:
+    rows = completions({"en": "AB", "fr": "BA"})
+    assert draft_pairs(rows, Preferences(), seed=0) == []
+    assert len(draft_pairs(rows, Preferences(ties="smallest"), seed=0)) == 2
+
+
+def test_positives_and_negatives_are_selectable() -> None:
+    rows = completions({"en": "BBB", "fr": "AAC"})
+    assert len(draft_pairs(rows, Preferences(positives=2), seed=0)) == 6
+    assert len(draft_pairs(rows, Preferences(positives=9), seed=0)) == 9
+    assert len(draft_pairs(rows, Preferences(negatives=1), seed=0)) == 1
+
+
+def test_positives_of_a_completion_differ() -> None:
+    rows = [completion("B", "en", n, text="the same") for n in range(3)] + [completion("A", "en", 3)]
+    assert len(draft_pairs(rows, Preferences(positives=3), seed=0)) == 1
+
+
+def test_own_language_votes_and_pairs_inside_each_language() -> None:
+    rows = completions({"en": "BBA", "fr": "AAB"})
+    drafts = draft_pairs(rows, Preferences(scope="own_language"), seed=0)
+    assert letters_of(drafts) == [("en", "B", "en", "A"), ("fr", "A", "fr", "B")]
+
+
+def test_the_seed_decides_which_winner() -> None:
+    rows = completions({"en": "BBBBBBBB", "fr": "A"})
+    chosen = {draft_pairs(rows, Preferences(), seed=seed)[0].winner["sample"] for seed in range(50)}
+    assert len(chosen) > 4
+
+
+def test_finished_pairs_end_as_their_originals_ended() -> None:
+    tokenizer = word_tokenizer(["EN", "SAYS", "B", "fr:", "(0)", "(1)", "fr"])
+    questions = {("q1", code): question("q1", code) for code in ("en", "fr")}
+    rows = [completion("B", "en", 0), completion("B", "en", 1, finish_reason="length"), completion("A", "fr", 2)]
+    drafts = draft_pairs(rows, Preferences(positives=2), seed=0)
+    texts = carry_over(drafts, questions, Upper())
+    pairs = finish_pairs(drafts, texts, questions, tokenizer, instruction=False, round_number=3)
+    by_text = {pair["chosen"]: pair for pair in pairs}
+    assert set(by_text) == {"fr: EN SAYS B (0)", "fr: EN SAYS B (1)"}
+    stopped, cut = by_text["fr: EN SAYS B (0)"], by_text["fr: EN SAYS B (1)"]
+    assert stopped["chosen_token_ids"][-1] == tokenizer.eos_token_id
+    assert cut["chosen_token_ids"][-1] != tokenizer.eos_token_id
+    assert stopped["rejected_token_ids"] == [12, 1]  # as sampled, not tokenised again
+    assert sorted(pair["pair"] for pair in pairs) == [0, 1]
+    assert {(p["language"], p["chosen_language"], p["round"]) for p in pairs} == {("fr", "en", 3)}
+    assert stopped["prompt"].startswith("Question q1?\nA. fr choice 0")
+
+
+def test_what_cannot_be_carried_is_left_out_and_the_numbers_have_no_holes() -> None:
+    questions = {("q1", code): question("q1", code) for code in ("en", "fr")}
+    rows = completions({"en": "BB", "fr": "AC"})
+    drafts = draft_pairs(rows, Preferences(positives=2), seed=0)
+    texts = carry_over(drafts, questions, Upper(fails="en says B (0)"))
+    pairs = finish_pairs(drafts, texts, questions, word_tokenizer(["x"]), instruction=False, round_number=1)
+    assert (len(drafts), len(pairs)) == (4, 2)
+    assert [pair["pair"] for pair in pairs] == [0, 1]
+
+
+def test_the_model_translates_each_text_once_and_the_letter_must_survive() -> None:
+    asked: list[str] = []
+
+    def write(messages: list[str]) -> list[str]:
+        asked.extend(messages)
+        return ["Explication : oui\nRéponse : B" if "good" in message else "Réponse : C" for message in messages]
+
+    good = Passage("good\nAnswer: B", "en", "fr", "B", "ABCD")
+    bad = Passage("bad\nAnswer: B", "en", "fr", "B", "ABCD")
+    assert ModelTranslator(write).carry([good, bad, good]) == [
+        "Explication : oui\nRéponse : B", None, "Explication : oui\nRéponse : B",
+    ]  # fmt: skip
+    assert len(asked) == 2
+    assert "from English into French" in asked[0]

@@ -1,0 +1,29 @@
+import pyarrow as pa
+import pytest
+from factories import completion, question
+
+from calm_ray import rows
+
+
+def test_rows_travel_through_arrow_unchanged() -> None:
+    vote = rows.Vote(
+        question_id="q", counts={"A": 3}, winner=None, agreement=1.0, tied=True, by_language={"en": "A", "fr": None}
+    )
+    for kind, row in [(rows.Vote, vote), (rows.Question, question()), (rows.Completion, completion(None))]:
+        assert rows.rows_of(rows.table(kind, [row])) == [row]
+
+
+def test_every_row_type_has_a_schema_and_says_what_may_be_null() -> None:
+    for kind in (rows.Question, rows.Completion, rows.Vote, rows.Pair, rows.Margin, rows.Prediction):
+        assert rows.schema(kind).names == list(kind.__annotations__)
+    assert rows.schema(rows.Completion).field("answer").nullable
+    assert not rows.schema(rows.Completion).field("text").nullable
+
+
+def test_a_value_of_another_type_is_refused() -> None:
+    with pytest.raises(pa.ArrowInvalid):
+        rows.table(rows.Completion, [{**completion("A"), "sample": "first"}])
+
+
+def test_pairs_are_in_trls_preference_format() -> None:
+    assert {"prompt", "chosen", "rejected"} <= set(rows.schema(rows.Pair).names)

@@ -1,0 +1,113 @@
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from calm_ray.errors import CalmRayError, InputError
+from calm_ray.policies import Policy, fetch, publish, require_safetensors
+from calm_ray.rundir import RunDir
+from calm_ray.storage import Storage, hash_folder
+
+CONFIG = {"name": "run", "train": {"epochs": 3, "beta": 0.1}}
+
+
+def started(folder: Path) -> RunDir:
+    run = RunDir(str(folder), "run")
+    run.check(CONFIG, overwrite=False)
+    run.begin(CONFIG, {"python": "3"}, overwrite=False)
+    return run
+
+
+def test_the_same_command_goes_on(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.stage(1, "sample").finish({"rows": 3})
+    again = started(tmp_path)
+    assert again.stage(1, "sample").is_finished
+    assert again.stage(1, "sample").record == {"rows": 3}
+    assert not again.stage(1, "pairs").is_finished
+
+
+def test_another_configuration_is_refused_with_its_differences(tmp_path: Path) -> None:
+    started(tmp_path)
+    with pytest.raises(InputError) as refused:
+        RunDir(str(tmp_path), "run").check({"name": "run", "train": {"epochs": 2, "beta": 0.1}}, overwrite=False)
+    assert "train.epochs: 3 there, 2 here" in str(refused.value)
+    assert "beta" not in str(refused.value)
+    assert "--overwrite" in str(refused.value)
+
+
+def test_a_finished_run_is_refused_and_overwritten_only_when_told(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.stage(1, "sample").finish({})
+    run.finish({})
+    with pytest.raises(InputError, match="--overwrite"):
+        run.check(CONFIG, overwrite=False)
+    run.check(CONFIG, overwrite=True)
+    assert run.stage(1, "sample").is_finished  # checking deletes nothing
+    run.begin(CONFIG, {}, overwrite=True)
+    assert not run.stage(1, "sample").is_finished
+
+
+def test_chunks_are_written_whole(tmp_path: Path) -> None:
+    stage = RunDir(str(tmp_path), "run").stage(2, "sample")
+    assert stage.chunks() == set()
+    stage.write("00001-fr", pa.table({"n": [1, 2]}))
+    stage.write("00000-en", pa.table({"n": [3]}))
+    (tmp_path / "run/rounds/2/sample/00002-fr.parquet.tmp-1234").write_bytes(b"torn")
+    assert stage.chunks() == {"00000-en", "00001-fr"}
+    assert stage.read().column("n").to_pylist() == [3, 1, 2]
+    assert pickle.loads(pickle.dumps(stage)).chunks() == stage.chunks()
+
+
+def test_storage_is_an_absolute_path_or_a_uri(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither an absolute path nor a URI"):
+        Storage("runs")
+    with pytest.raises(InputError, match="cannot be used"):
+        Storage("nonsense://x").write("a", b"")
+    by_path, by_uri = Storage(str(tmp_path)), Storage(f"file://{tmp_path}")
+    by_uri.write("a/b.txt", b"content")
+    assert by_path.read("a/b.txt") == b"content"
+    assert by_path.files("a") == ["b.txt"]
+    assert by_path.files("nothing") == []
+
+
+def adapter(folder: Path, content: bytes = b"weights") -> Path:
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def test_policies_are_named_after_round_and_content(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "run"))
+    first = publish(adapter(tmp_path / "a"), storage, "rounds/1/policy", 1, "adapter")
+    second = publish(adapter(tmp_path / "b", b"others"), storage, "rounds/2/policy", 2, "adapter")
+    assert first.name.startswith("r0001-")
+    assert second.name.startswith("r0002-")
+    assert first.sha256 == hash_folder(tmp_path / "a") != second.sha256
+    assert Policy(**first.as_json()) == first
+
+
+def test_a_node_fetches_a_policy_once_and_notices_what_is_not_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CALM_RAY_CACHE", str(tmp_path / "cache"))
+    policy = publish(adapter(tmp_path / "a"), Storage(str(tmp_path / "run")), "policy", 1, "adapter")
+    folder = policy.local_folder()
+    assert folder == tmp_path / "cache" / "policies" / policy.name
+    assert hash_folder(folder) == policy.sha256
+    (folder / "adapter_model.safetensors").write_bytes(b"tampered")
+    with pytest.raises(CalmRayError, match="delete the folder"):
+        fetch(policy.location, policy.sha256, folder)
+
+
+def test_only_safetensors(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(InputError, match=r"no \*.safetensors weights \(pytorch_model.bin\)"):
+        require_safetensors(tmp_path)
+
+
+def test_errors_survive_pickling() -> None:
+    error = pickle.loads(pickle.dumps(InputError("rounds: is 0")))
+    assert (str(error), error.exit_code) == ("rounds: is 0", 2)
