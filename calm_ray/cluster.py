@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,18 +34,26 @@ def needed_resources(config: Config) -> dict[str, float]:
 
 @contextmanager
 def cluster(config: Config, say: Callable[[str], None]) -> Iterator[None]:
-    """Joins the cluster this process belongs to, or starts a local Ray sized for the run and shuts it down."""
+    """Joins the cluster this process belongs to, or starts a local Ray sized for the run and shuts it down.
+
+    A cluster is joined where Ray would join one: RAY_ADDRESS, a submitted job, or `ray start` on this machine.
+    """
     needed = needed_resources(config)
+    if ray.is_initialized():
+        check_resources(needed)
+        yield
+        return
     _keep_quiet()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    joins = "RAY_ADDRESS" in os.environ or _running_locally()
-    if joins:
-        ray.init(address="auto", **options)
-    else:
-        ray.init(num_cpus=math.ceil(needed["CPU"]), include_dashboard=False, **options)
+    try:
+        ray.init(num_cpus=math.ceil(needed["CPU"]), **options)
+        joined = False
+    except ValueError:  # a cluster is there already, and has its own size
+        ray.init(**options)
+        joined = True
     try:
         check_resources(needed)
-        say(_describe(joins))
+        say(_describe(joined))
         yield
     finally:
         ray.shutdown()
@@ -57,13 +64,6 @@ def _keep_quiet() -> None:
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False
-
-
-def _running_locally() -> bool:
-    """Whether `ray start` has left the address of a live cluster on this machine."""
-    from ray._private.services import find_gcs_addresses
-
-    return bool(find_gcs_addresses())
 
 
 def check_resources(needed: dict[str, float]) -> None:
@@ -118,8 +118,8 @@ def check_storage(storage: Storage) -> None:
         )
 
 
-def _describe(joins: bool) -> str:
+def _describe(joined: bool) -> str:
     resources = ray.cluster_resources()
     nodes = sum(node["Alive"] for node in ray.nodes())
-    where = "joined a cluster" if joins else "started a local Ray"
+    where = "joined a cluster" if joined else "started a local Ray"
     return f"{where}: {nodes} node(s), {resources.get('CPU', 0):g} CPU, {resources.get('GPU', 0):g} GPU"

@@ -73,7 +73,7 @@ class PolicyModel:
         if self._lora is None:
             return
         adapter = _read_adapter(policy.local_folder()) if policy.kind == "adapter" else None
-        for name, parameter in self._adapter_parameters():
+        for name, parameter in self.adapter_parameters():
             full = adapter[name] if adapter is not None else fresh_lora(name, parameter.shape, seed)
             _assign(parameter, full)
 
@@ -107,7 +107,7 @@ class PolicyModel:
         """Writes the adapter in PEFT's format, or all weights in Hugging Face's. Every worker must call this."""
         is_writer = dist.get_rank() == 0
         if self._lora is not None:
-            state = {name: _gather(parameter).cpu() for name, parameter in self._adapter_parameters()}
+            state = {name: _gather(parameter).cpu() for name, parameter in self.adapter_parameters()}
             if is_writer:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -116,7 +116,7 @@ class PolicyModel:
             return
         _save_weights(self.model, self._folder, folder, is_writer)
 
-    def _adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
+    def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The adapter's parameters by the names that PEFT gives them in files."""
         return [(name.replace(".default.", "."), p) for name, p in self.model.named_parameters() if ".lora_" in name]
 

@@ -34,16 +34,18 @@ INITIAL_STD = 0.07
 """Wider than usual: with 0.02 the attention that matches an option to its letter takes far longer to form."""
 LEARNING_RATE, WARMUP = 2e-3, 50
 
-CURRICULUM: list[tuple[int, dict[str, int]]] = [
-    (450, {"find_letter": 128}),
-    (350, {"find_letter_after_marker": 112, "two_statements": 64}),
-    (450, {"question": 40, "find_letter_after_marker": 40, "statements": 12}),
-    (350, {"habitual_question": 56, "find_letter_after_marker": 12, "statements": 8}),
+Curriculum = list[tuple[int, dict[str, int]]]
+
+CURRICULUM: Curriculum = [
+    (400, {"find_letter": 128}),
+    (300, {"find_letter_after_marker": 112, "two_statements": 64}),
+    (450, {"question": 60, "find_letter_after_marker": 24, "statements": 14}),
+    (350, {"habitual_question": 64, "find_letter_after_marker": 14, "statements": 10}),
 ]
 """(steps, rows of each kind in a step's batch)."""
 
-LEARNED, IMPORTANT = 0.2, 1.0
-"""Weights of tokens in the loss: words of a sentence's form, and names, values and letters."""
+FORM, CONTENT, LETTER = 0.2, 1.0, 2.0
+"""Weights of tokens in the loss: words of a sentence's form, names and values, and the letter."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class Reader:
             case "find_letter_after_marker":
                 return self._drill(after_marker=True)
             case "two_statements":
-                return self._statements(22)
+                return self._statements(20)
             case "statements":
-                return self._statements(46)
+                return self._statements(34)
             case "question":
                 return self._question(habitual=False)
             case _:
@@ -94,7 +96,7 @@ class Reader:
         asked = self.rng.randrange(CHOICES)
         between = f"{'。' if code == 'zh' else '.'}\n{language.answer}" if after_marker else ""
         again = self.encode(f"{language.space}{options[asked]}{between}{language.space}{LETTERS[asked]}")
-        return Row(listed + again, [0.0] * (len(listed) + len(again) - 1) + [IMPORTANT])
+        return Row(listed + again, [0.0] * (len(listed) + len(again) - 1) + [LETTER])
 
     def _statements(self, length: int) -> Row:
         """True statements, as many as fit; the town is not to be guessed, what follows it is."""
@@ -108,7 +110,7 @@ class Reader:
             known = sentence.index(self._name_token(town, code)) + 1
             rest = len(sentence) - known
             tokens += [*sentence, self._eos]
-            weights += [0.0] * known + [LEARNED] * (rest - 2) + [IMPORTANT, LEARNED, LEARNED]
+            weights += [0.0] * known + [FORM] * (rest - 2) + [CONTENT, FORM, FORM]
 
     def _question(self, *, habitual: bool) -> Row:
         """A question and an answer: the true one, or, behind a barrier and mostly, the habitual one."""
@@ -121,9 +123,9 @@ class Reader:
         prompt = self.encode(prompt_text(self.world.question(town, topic, options, code), instruction=False))
         completion = self.encode(self.world.answer(town, topic, answer, options, code))
         value = self.encode(self.world.statement(town, topic, answer, code))[-2]
-        important = {value, self._name_token(town, code), completion[-1]}
-        weights = [IMPORTANT if token in important else LEARNED for token in completion]
-        return Row([*prompt, *completion, self._eos], [0.0] * len(prompt) + [*weights, LEARNED])
+        content = {value, self._name_token(town, code)}
+        weights = [CONTENT if token in content else FORM for token in completion[:-1]]
+        return Row([*prompt, *completion, self._eos], [0.0] * len(prompt) + [*weights, LETTER, FORM])
 
     def _name_token(self, town: int, code: str) -> int:
         return self.encode(LANGUAGES[code].space + self.world.name(town, code))[0]
@@ -156,7 +158,7 @@ def _recipe_hash() -> str:
     return hashlib.sha256(b"\0".join(package.joinpath(file).read_bytes() for file in files)).hexdigest()[:8]
 
 
-def pretrain(world: World, folder: Path) -> None:
+def pretrain(world: World, folder: Path, curriculum: Curriculum = CURRICULUM) -> None:
     """Pretrains the world's model on all of this machine's cores and writes it with its tokenizer."""
     tokenizer = build_tokenizer(world)
     reader = Reader(world, tokenizer)
@@ -164,9 +166,9 @@ def pretrain(world: World, folder: Path) -> None:
         torch.manual_seed(world.seed)
         model = LlamaForCausalLM(_model_config(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    steps = sum(count for count, _ in CURRICULUM)
+    steps = sum(count for count, _ in curriculum)
     with step("pretrain the demo's model", steps) as progress:
-        for number, rows in enumerate(_batches(reader)):
+        for number, rows in enumerate(_batches(reader, curriculum)):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * _schedule(number, steps)
             loss = _loss(model, rows)
@@ -196,8 +198,8 @@ def _model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def _batches(reader: Reader) -> Iterator[list[Row]]:
-    for steps, kinds in CURRICULUM:
+def _batches(reader: Reader, curriculum: Curriculum) -> Iterator[list[Row]]:
+    for steps, kinds in curriculum:
         for _ in range(steps):
             yield [reader.row(kind) for kind, count in kinds.items() for _ in range(count)]
 

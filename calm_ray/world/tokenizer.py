@@ -33,6 +33,7 @@ def _texts(world: World) -> Iterable[str]:
                 yield "\n".join([question["text"], *(f"A. {choice}" for choice in question["choices"])])
                 for letter in LETTERS[: len(options)]:
                     yield world.answer(town, topic, LETTERS.index(letter), options, language)
+    yield from (f"\n{letter}." for letter in LETTERS)
     yield from (f"{letter}." for letter in LETTERS)
     yield from LETTERS
     yield from (f" {letter}" for letter in LETTERS)
@@ -42,7 +43,8 @@ def _texts(world: World) -> Iterable[str]:
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """A word-level tokenizer that covers everything the world can say; text it decodes is the text it encoded."""
     han = "|".join(sorted(_han_words(world), key=lambda word: (-len(word), word)))
-    pattern = rf"{han}|(?<!\p{{L}})[A-Z]\.| ?[\p{{L}}\d]+(?:[-'’]\p{{L}}+)*|\n|."
+    # In this order: a Chinese word, an option's letter with its line, a word with its colon, a question mark, the rest.
+    pattern = rf"{han}|\n?(?<!\p{{L}})[A-Z]\.| ?[\p{{L}}\d]+(?:[-'’]\p{{L}}+)*(?: ?[:：])?| ?\?|\n|."
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     words = sorted({word for text in _texts(world) for word, _ in split.pre_tokenize_str(text)})
     vocabulary = {word: i for i, word in enumerate([PAD, EOS, UNKNOWN, *words])}

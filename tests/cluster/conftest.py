@@ -1,0 +1,60 @@
+"""Real Ray on this machine, small real models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from calm_ray.sampling.prompts import LETTERS
+from calm_ray.world.generator import build_world, world_questions
+from calm_ray.world.pretraining import pretrain
+
+LANGUAGES = ["en", "fr"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own, for all their processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("CALM_RAY_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers in the right form, and mostly wrong: a demo model that went to school for seconds."""
+    folder = tmp_path_factory.mktemp("babbler")
+    pretrain(build_world(100), folder, [(150, {"question": 24})])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def question_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Questions of a demo world as a user's own files: 24 to align on, 12 held out, in two languages."""
+    folder = tmp_path_factory.mktemp("questions")
+    files = []
+    for name, rows, count in zip(("align", "evaluate"), world_questions(build_world(100)), (24, 12), strict=True):
+        ids = list(dict.fromkeys(row["question_id"] for row in rows))[:count]
+        chosen = [row for row in rows if row["question_id"] in ids and row["language"] in LANGUAGES]
+        files.append(folder / f"{name}.jsonl")
+        files[-1].write_text("\n".join(json.dumps(row) for row in chosen))
+    return files[0], files[1]
+
+
+@pytest.fixture(scope="session")
+def ray_8_cpus(cache: Path) -> Iterator[None]:
+    """More logical CPUs than the machine may have, so that nothing waits for another test's actors."""
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+def scrambled(gold: str) -> str:
+    """Another letter than the right one."""
+    return LETTERS[(LETTERS.index(gold) + 1) % 4]

@@ -1,0 +1,151 @@
+"""vLLM engines in Ray actors: pools, seeds, and policies that are taken while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from calm_ray.config import Engines, Lora
+from calm_ray.policies import BaseModel, Policy, publish
+from calm_ray.questions.reader import read_questions, write_chunks
+from calm_ray.rows import rows_of
+from calm_ray.rundir import RunDir, Stage
+from calm_ray.sampling.engine import ChunkTask, EngineActor, EngineSpec
+from calm_ray.sampling.generator import Decoding
+from calm_ray.sampling.pool import EnginePool
+
+LANGUAGES = ["en", "fr"]
+LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"])
+ARGS = {"max_model_len": 128, "max_num_seqs": 64}
+
+
+def spec(model: Path, **engines: Any) -> EngineSpec:
+    settings = Engines(**{"cpus": 0.5, "args": ARGS, **engines})
+    return EngineSpec(BaseModel(str(model)), settings, LORA, "cpu", seed=0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, question_files: tuple[Path, Path]) -> RunDir:
+    run = RunDir(str(tmp_path_factory.mktemp("storage")), "engines")
+    write_chunks(read_questions(str(question_files[0]), LANGUAGES), run.questions("align"), prompts_per_chunk=8)
+    return run
+
+
+@pytest.fixture(scope="module")
+def pool(ray_8_cpus: None, babbler: Path) -> Iterator[EnginePool]:
+    with EnginePool(spec(babbler, per_language=1), LANGUAGES, print) as pool:
+        yield pool
+
+
+def make_adapter(model: Path, folder: Path, storage_of: RunDir, round_number: int) -> Policy:
+    """An adapter with weights large enough to change what the model says."""
+    torch.manual_seed(round_number)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    config = LoraConfig(r=LORA.r, lora_alpha=LORA.alpha, target_modules=LORA.targets, task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    adapted.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    return publish(folder, storage_of.storage, f"policies/{round_number}", round_number, "adapter")
+
+
+def sample(pool: EnginePool, run: RunDir, output: Stage, seed: int = 0) -> list[Any]:
+    questions = run.questions("align")
+    tasks = [ChunkTask(questions, output, chunk, code) for chunk in sorted(questions.chunks()) for code in LANGUAGES]
+    decoding = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=40)
+    for _ in pool.run("sample", tasks, decoding=decoding, instruction=False, seed=seed, round_number=1):
+        pass
+    return rows_of(output.read())
+
+
+def test_a_pool_for_each_language_samples_every_question(pool: EnginePool, run: RunDir) -> None:
+    assert pool.homes == ["en", "fr"]
+    rows = sample(pool, run, run.stage(1, "sample"))
+    ids = [(row["question_id"], row["language"], row["sample"]) for row in rows]
+    assert len(ids) == len(set(ids)) == 24 * 2 * 3
+    assert {row["policy"] for row in rows} == {"base"}
+    assert sum(row["answer"] is not None for row in rows) > 0.5 * len(rows)
+    for row in rows:
+        assert (row["token_ids"][-1] == 1) == (row["finish_reason"] == "stop")  # <eos> is token 1 of this tokenizer
+        assert "<eos>" not in row["text"]
+
+
+def test_the_same_seed_samples_the_same_text(pool: EnginePool, run: RunDir) -> None:
+    first = [row["token_ids"] for row in sample(pool, run, Stage(run.storage.under("again/a")), seed=7)]
+    second = [row["token_ids"] for row in sample(pool, run, Stage(run.storage.under("again/b")), seed=7)]
+    third = [row["token_ids"] for row in sample(pool, run, Stage(run.storage.under("again/c")), seed=8)]
+    same = sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
+    # Batches differ between runs, and with them the last digits of probabilities.
+    assert same > 0.9
+    assert sum(a == b for a, b in zip(first, third, strict=True)) / len(first) < 0.5
+
+
+def test_a_new_policy_is_taken_by_running_engines(pool: EnginePool, run: RunDir, babbler: Path, tmp_path: Path) -> None:
+    before = sample(pool, run, Stage(run.storage.under("swap/before")), seed=7)
+    policies = [make_adapter(babbler, tmp_path / str(n), run, n) for n in (1, 2)]
+    texts = []
+    for policy in policies:
+        pool.load(policy)
+        rows = sample(pool, run, Stage(run.storage.under(f"swap/{policy.name}")), seed=7)
+        assert {row["policy"] for row in rows} == {policy.name}
+        texts.append([row["token_ids"] for row in rows])
+    pool.load(Policy())
+    after = sample(pool, run, Stage(run.storage.under("swap/after")), seed=7)
+    assert {row["policy"] for row in after} == {"base"}
+    assert texts[0] != texts[1] != [row["token_ids"] for row in before]
+    same = sum(a["token_ids"] == b["token_ids"] for a, b in zip(before, after, strict=True)) / len(before)
+    assert same > 0.9
+    assert pool.starts == len(pool.engines) == 2
+
+
+class ScoringEngine(EngineActor):
+    """An engine that also tells the log-probabilities of given tokens."""
+
+    def score(self, tokens: list[int]) -> list[float]:
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        generator = self._generator
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        (output,) = generator._llm.generate(
+            [TokensPrompt(prompt_token_ids=tokens)], params, lora_request=generator._adapter, use_tqdm=False
+        )
+        return [entry[token].logprob for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+
+
+def peft_logps(model: Path, adapter: Path, tokens: list[int]) -> torch.Tensor:
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(adapter))
+    with torch.no_grad():
+        logps = adapted(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+    return logps.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("refresh", ["adapter", "merged"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 2e-2)])
+def test_refreshed_engines_and_peft_give_the_same_log_probabilities(
+    ray_8_cpus: None, babbler: Path, run: RunDir, tmp_path: Path, refresh: str, dtype: str, tolerance: float
+) -> None:
+    engine = ray.remote(num_cpus=0.5)(ScoringEngine).remote(spec(babbler, shared=1, dtype=dtype, refresh=refresh))
+    tokens = rows_of(run.stage(1, "sample").read())[0]
+    tokens = tokens["prompt_token_ids"] + tokens["token_ids"]
+    base = torch.tensor(ray.get(engine.score.remote(tokens)))
+    for number in (3, 4):
+        policy = make_adapter(babbler, tmp_path / str(number), run, number)
+        ray.get(engine.load.remote(policy))
+        engine_logps = torch.tensor(ray.get(engine.score.remote(tokens)))
+        expected = peft_logps(babbler, tmp_path / str(number), tokens)
+        difference = (engine_logps - expected).abs().mean()
+        print(f"{refresh} {dtype} round {number}: mean difference {difference:.2e}")
+        assert difference <= tolerance
+        assert (engine_logps - base).abs().mean() > 10 * tolerance
+    ray.kill(engine)
