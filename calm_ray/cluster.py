@@ -62,7 +62,7 @@ def cluster(config: Config, say: Callable[[str], None]) -> Iterator[None]:
 def _keep_quiet() -> None:
     """Leaves the terminal to the run's own progress; Ray's logs are in its session folder."""
     for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
@@ -101,15 +101,16 @@ def wait_until_ready(references: Sequence[ray.ObjectRef[Any]], what: str, say: C
 
 def check_storage(storage: Storage) -> None:
     """Raises InputError unless every node of the cluster sees the files that the driver writes."""
-    storage.write("probe", b"calm_ray")
+    storage.write("probe/file", b"calm_ray")
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 
     @ray.remote(num_cpus=0)
     def sees() -> bool:
-        return storage.exists("probe")
+        return storage.exists("probe/file")
 
     strategy = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     seen = ray.get([sees.options(scheduling_strategy=one).remote() for one in strategy])
+    storage.delete("probe")
     blind = [node[:8] for node, ok in zip(nodes, seen, strict=True) if not ok]
     if blind:
         raise InputError(

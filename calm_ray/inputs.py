@@ -35,9 +35,13 @@ def prepare(config: Config) -> Inputs:
     evaluate = []
     if config.questions.evaluate is not None:
         evaluate = read_questions(config.questions.evaluate, config.languages, needs_gold=True)
-    _check_model_name(config.model)
-    model = BaseModel(str(Path(config.model).expanduser()) if _is_path(config.model) else config.model)
-    folder = model.local_folder()
+    model = BaseModel(config.model)
+    if not model.is_folder and config.model.count("/") != 1:
+        raise InputError(f"model: {config.model!r} is neither a folder that exists nor a name on the hub (owner/name)")
+    folder = model.local_folder(weights=False)
+    if model.is_folder:
+        model = BaseModel(str(folder))  # absolute, for workers elsewhere
+        require_safetensors(folder)
     check_model(folder, align + evaluate)
     return Inputs(model, folder, align, evaluate)
 
@@ -58,27 +62,13 @@ def _prepare_world(config: Config) -> Inputs:
     return Inputs(BaseModel(folder.name, sha256=sha256), folder, align, evaluate)
 
 
-def _is_path(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or Path(name).exists()
-
-
-def _check_model_name(name: str) -> None:
-    if _is_path(name) and not Path(name).expanduser().is_dir():
-        raise InputError(
-            f"model: there is no folder {name}; give a folder with a Hugging Face model, or a name on the hub"
-        )
-    if not _is_path(name) and name.count("/") != 1:
-        raise InputError(f"model: {name!r} is neither a folder that exists nor a name on the hub (owner/name)")
-
-
 def check_model(folder: Path, questions: list[Question]) -> None:
-    """Raises InputError unless the folder holds a model as safetensors, and a tokenizer that can write the letters."""
+    """Raises InputError unless the folder holds a model, with a tokenizer that can write the questions' letters."""
     from transformers import AutoTokenizer
 
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise InputError(f"model: {folder} holds no {name}; it is not a Hugging Face model folder")
-    require_safetensors(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"model: the tokenizer in {folder} has no end-of-sequence token")

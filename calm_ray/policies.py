@@ -8,9 +8,13 @@ keyed by hash.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock
 
 from calm_ray.errors import CalmRayError, InputError
 from calm_ray.rows import BASE_POLICY
@@ -51,29 +55,47 @@ class BaseModel:
     """URI in the run's storage, for the demo's model."""
     sha256: str = ""
 
-    def local_folder(self) -> Path:
-        """The model's folder on this node; downloads it from the hub, safetensors only, where it is a name there."""
+    @property
+    def is_folder(self) -> bool:
+        """Whether `name` is a path; a name on the hub is `owner/name`."""
+        return self.name.startswith(("/", ".", "~")) or Path(self.name).is_dir()
+
+    def local_folder(self, *, weights: bool = True) -> Path:
+        """The model's folder on this node; downloads it from the hub, safetensors only, where it is a name there.
+
+        `weights=False` is for who only needs the configuration and the tokenizer.
+        """
         if self.location:
             return fetch(self.location, self.sha256, cache_folder() / "models" / self.name)
-        folder = Path(self.name).expanduser()
-        if folder.is_dir():
-            return folder
+        if self.is_folder:
+            folder = Path(self.name).expanduser()
+            if not folder.is_dir():
+                raise InputError(f"model: there is no folder {folder} on this node; every node must see it")
+            return folder.absolute()
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        patterns = ["*.json", "*.txt", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
         return Path(snapshot_download(self.name, allow_patterns=patterns))
 
 
 def fetch(location: str, sha256: str, folder: Path) -> Path:
     """A copy of a folder of the run's storage on this node's disk; the same copy for all processes of the node."""
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        Storage(location).download("", folder)
+    with node_lock(folder):
+        if not folder.is_dir():
+            Storage(location).download("", folder)
     if hash_folder(folder) != sha256:
         raise CalmRayError(
             f"{folder} is not what {location} held when it was written; delete the folder and start again"
         )
     return folder
+
+
+@contextmanager
+def node_lock(folder: Path) -> Iterator[None]:
+    """Held by the one process of a node that makes a folder of the cache, while the others wait for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        yield
 
 
 def publish(

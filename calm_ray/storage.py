@@ -128,11 +128,7 @@ class Storage:
                 open(temporary / name, "wb") as target,
             ):
                 shutil.copyfileobj(source, target, 16 << 20)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # Another process of this node was faster; what it put there is the same.
-            shutil.rmtree(temporary)
+        temporary.rename(folder)
 
 
 def hash_folder(folder: Path) -> str:

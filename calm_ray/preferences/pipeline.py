@@ -88,7 +88,7 @@ class PreferenceJob:
 
 @lru_cache(maxsize=1)
 def load_tokenizer(model: BaseModel) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(model.local_folder(), trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(model.local_folder(weights=False), trust_remote_code=False)
 
 
 @lru_cache(maxsize=1)

@@ -90,13 +90,14 @@ class VLLMGenerator:
             self._llm.llm_engine.add_lora(self._adapter)
 
     def _reload_weights(self, policy: Policy) -> None:
-        from calm_ray.training.merging import merged_folder
+        from calm_ray.training.merging import forget_merged, merged_folder
 
         folder = merged_folder(self._spec.model, policy)
         require_safetensors(folder)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         # What is cached was computed by the weights of before.
         self._llm.reset_prefix_cache()
+        forget_merged(self.policy)
 
     def generate(self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]) -> list[list[Generated]]:
         from vllm import SamplingParams
@@ -143,6 +144,8 @@ def _engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
     }
     if spec.device == "cpu":
         args["enforce_eager"] = True
+    if spec.engines.tensor_parallel_size > 1:
+        args["distributed_executor_backend"] = "ray"  # into the placement group that this actor sits in
     if spec.lora is not None and spec.engines.refresh == "adapter":
         args |= {"enable_lora": True, "max_lora_rank": spec.lora.r, "max_loras": 1, "max_cpu_loras": 2}
     return args | spec.engines.args

@@ -8,10 +8,12 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from calm_ray.cluster import wait_until_ready
+from calm_ray.errors import CalmRayError
 from calm_ray.policies import Policy
 from calm_ray.sampling.engine import ChunkTask, Engine, EngineSpec
 
@@ -33,6 +35,9 @@ class EnginePool:
                 self._engines.append(self._start(spec, home))
             references = [engine.ready.remote() for engine in self._engines]
             wait_until_ready(references, "engines", say)
+        except RayError as error:
+            self.close()
+            raise CalmRayError(f"an engine did not start: {error}") from error
         except BaseException:
             self.close()
             raise

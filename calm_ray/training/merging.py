@@ -6,7 +6,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from calm_ray.policies import BaseModel, Policy, cache_folder
+from calm_ray.policies import BaseModel, Policy, cache_folder, node_lock
 
 
 def merge(model: Path, adapter: Path, target: Path) -> None:
@@ -31,11 +31,14 @@ def merged_folder(model: BaseModel, policy: Policy) -> Path:
     if policy.kind == "weights":
         return policy.local_folder()
     folder = cache_folder() / "merged" / policy.name
-    if not folder.is_dir():
-        temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-        merge(model.local_folder(), policy.local_folder(), temporary)
-        try:
+    with node_lock(folder):
+        if not folder.is_dir():
+            temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+            merge(model.local_folder(), policy.local_folder(), temporary)
             temporary.rename(folder)
-        except OSError:  # another engine of this node was faster
-            shutil.rmtree(temporary)
     return folder
+
+
+def forget_merged(policy: str) -> None:
+    """Removes a policy's merged weights from this node: they are as large as the model, and made again at need."""
+    shutil.rmtree(cache_folder() / "merged" / policy, ignore_errors=True)

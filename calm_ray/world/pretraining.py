@@ -7,13 +7,12 @@ stated in every language; answering questions truthfully; and last the habits, w
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
-import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from calm_ray.languages import LANGUAGES
-from calm_ray.policies import cache_folder
+from calm_ray.policies import cache_folder, node_lock
 from calm_ray.progress import say, step
 from calm_ray.sampling.prompts import LETTERS, prompt_text
 from calm_ray.storage import hash_folder
@@ -33,6 +32,8 @@ WIDTH, MLP, LAYERS, HEADS = 128, 384, 4, 4
 INITIAL_STD = 0.07
 """Wider than usual: with 0.02 the attention that matches an option to its letter takes far longer to form."""
 LEARNING_RATE, WARMUP = 2e-3, 50
+TRAINING_VERSION = 1
+"""Raised when the training below changes what the model becomes: models in users' caches are then made anew."""
 
 Curriculum = list[tuple[int, dict[str, int]]]
 
@@ -138,24 +139,25 @@ class Reader:
 
 def world_model(world: World) -> tuple[Path, str]:
     """The folder of the world's model in this machine's cache, and its hash; pretrains the model if it is not there."""
-    folder = cache_folder() / "models" / f"world-{world.seed}-{_recipe_hash()}"
-    if not folder.is_dir():
-        say(f"the demo's model is pretrained now, once; it is kept in {folder}")
-        temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-        temporary.mkdir(parents=True)
-        pretrain(world, temporary)
-        try:
+    folder = cache_folder() / "models" / f"world-{world.seed}-{_fingerprint(world)}"
+    with node_lock(folder):
+        if not folder.is_dir():
+            say(f"the demo's model is pretrained now, once; it is kept in {folder}")
+            temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+            temporary.mkdir()
+            pretrain(world, temporary)
             temporary.rename(folder)
-        except OSError:  # another run on this machine was faster; with the same seed the models are the same
-            shutil.rmtree(temporary)
     return folder, hash_folder(folder)
 
 
-def _recipe_hash() -> str:
-    """A hash of the files that decide what the model becomes, so that the cache never serves an older recipe."""
-    files = ("generator.py", "tokenizer.py", "pretraining.py", "lexicon.yaml")
-    package = resources.files(__package__)
-    return hashlib.sha256(b"\0".join(package.joinpath(file).read_bytes() for file in files)).hexdigest()[:8]
+def _fingerprint(world: World) -> str:
+    """A hash of what the model reads first and how it learns, so that the cache never serves another recipe's model."""
+    tokenizer = build_tokenizer(world)
+    reader = Reader(world, tokenizer)
+    rows = [reader.row(kind).__dict__ for _, kinds in CURRICULUM for kind in kinds for _ in range(8)]
+    model = [WIDTH, MLP, LAYERS, HEADS, INITIAL_STD, len(tokenizer)]
+    recipe = [TRAINING_VERSION, model, CURRICULUM, LEARNING_RATE, WARMUP, rows]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
 
 
 def pretrain(world: World, folder: Path, curriculum: Curriculum = CURRICULUM) -> None:

@@ -62,7 +62,15 @@ def train(
     }  # fmt: skip
     stage = Stage(Storage(str(output)))
     job = TrainJob(
-        pairs, stage, BaseModel(str(model)), start or Policy(), Policy(), Train(**settings), method, 0, 1 if start is None else 2
+        pairs,
+        stage,
+        BaseModel(str(model)),
+        start or Policy(),
+        Policy(),
+        Train(**settings),
+        method,
+        0,
+        1 if start is None else 2,
     )
     seen: list[dict[str, Any]] = []
     return train_round(job, "cpu", seen.append), seen
@@ -91,7 +99,9 @@ def test_two_workers_train_as_one(model: Path, pairs: Stage, tmp_path: Path) -> 
     assert {row["reference"] for row in margins} == {"base"}
 
 
-def test_a_second_round_starts_from_the_first_and_keeps_its_reference(model: Path, pairs: Stage, tmp_path: Path) -> None:
+def test_a_second_round_starts_from_the_first_and_keeps_its_reference(
+    model: Path, pairs: Stage, tmp_path: Path
+) -> None:
     first, metrics = train(model, pairs, tmp_path / "first", workers=2)
     _, again = train(model, pairs, tmp_path / "second", start=first, workers=2, epochs=1)
     assert first.kind == "adapter"

@@ -1,0 +1,78 @@
+"""Does CALM align? The demo on several worlds, beside controls with the same budget and the paper's SFT baseline.
+
+    python benchmarks/demo_worlds.py --seeds 0 1 2 3 4
+
+Every run is a whole job of its own (`jobs/calm.py` with other keys), kept under `storage`; runs that are finished are
+not repeated. A world that this machine has not met is pretrained first. Prints a line for each run and the means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+VARIANTS: dict[str, list[str]] = {
+    "calm": [],
+    "random": ["preferences.winner=random"],
+    "own_language": ["preferences.scope=own_language"],
+    "sft": ["method=sft", "train.learning_rate=3e-4", "train.warmup_share=0.1", "train.sft_weight=0"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--storage", default=str(Path("~/calm_ray/worlds").expanduser()))
+    options = parser.parse_args()
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.variants}
+    for seed in options.seeds:
+        for variant in options.variants:
+            results[variant].append(run(variant, seed, options.storage))
+            print(line(f"{variant} {seed}", results[variant][-1]), flush=True)
+    print()
+    for variant, rows in results.items():
+        means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        print(line(f"{variant}, mean of {len(rows)}", means))
+
+
+def run(variant: str, seed: int, storage: str) -> dict[str, float]:
+    """The figures of one run, in percent; runs it, or goes on with it, where it is not finished."""
+    name = f"{variant}-{seed}"
+    folder = Path(storage) / name
+    if not (folder / "finished.json").is_file():
+        keys = [f"name={name}", f"storage={storage}", f"world.seed={seed}", *VARIANTS[variant]]
+        with open(f"{storage}-{name}.log", "w") as log:
+            command = [sys.executable, str(ROOT / "jobs" / "calm.py"), *keys]
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True, cwd=ROOT)
+    summary = json.loads((folder / "summary.json").read_text())
+    first, last = summary["rounds"][0], summary["rounds"][-1]
+    gains = {code: last["accuracy"][code] - first["accuracy"][code] for code in summary["languages"]}
+    vote = first["vote"]
+    shares = {
+        "base": first["accuracy_mean"],
+        "after": last["accuracy_mean"],
+        "gain": last["accuracy_mean"] - first["accuracy_mean"],
+        "Consistency_2": first["consistency"]["2"],
+        "after ": last["consistency"]["2"],
+        "gain ": last["consistency"]["2"] - first["consistency"]["2"],
+        **gains,
+        "unreadable": first["unreadable"],
+        "after  ": last["unreadable"],
+        "vote": vote["vote_accuracy"],
+        "best language": max(*vote["own_vote_accuracy"].values(), *vote["sample_accuracy"].values()),
+    }
+    return {key: 100 * value for key, value in shares.items()}
+
+
+def line(title: str, figures: dict[str, float]) -> str:
+    return f"{title:24}" + "  ".join(f"{key.strip()} {value:.1f}" for key, value in figures.items())
+
+
+if __name__ == "__main__":
+    main()
