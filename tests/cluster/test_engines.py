@@ -108,19 +108,22 @@ def test_a_new_policy_is_taken_by_running_engines(pool: EnginePool, run: RunDir,
     assert pool.starts == len(pool.engines) == 2
 
 
-class ScoringEngine(EngineActor):
-    """An engine that also tells the log-probabilities of given tokens."""
+def scoring_engine() -> type[EngineActor]:
+    """An engine that also tells the log-probabilities of given tokens; a local class, so that Ray ships it whole."""
 
-    def score(self, tokens: list[int]) -> list[float]:
-        from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
+    class ScoringEngine(EngineActor):
+        def score(self, tokens: list[int]) -> list[float]:
+            from vllm import SamplingParams
+            from vllm.inputs import TokensPrompt
 
-        generator = self._generator
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-        (output,) = generator._llm.generate(
-            [TokensPrompt(prompt_token_ids=tokens)], params, lora_request=generator._adapter, use_tqdm=False
-        )
-        return [entry[token].logprob for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+            generator = self._generator
+            params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+            (output,) = generator._llm.generate(
+                [TokensPrompt(prompt_token_ids=tokens)], params, lora_request=generator._adapter, use_tqdm=False
+            )
+            return [entry[token].logprob for token, entry in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+
+    return ScoringEngine
 
 
 def peft_logps(model: Path, adapter: Path, tokens: list[int]) -> torch.Tensor:
@@ -135,7 +138,7 @@ def peft_logps(model: Path, adapter: Path, tokens: list[int]) -> torch.Tensor:
 def test_refreshed_engines_and_peft_give_the_same_log_probabilities(
     ray_8_cpus: None, babbler: Path, run: RunDir, tmp_path: Path, refresh: str, dtype: str, tolerance: float
 ) -> None:
-    engine = ray.remote(num_cpus=0.5)(ScoringEngine).remote(spec(babbler, shared=1, dtype=dtype, refresh=refresh))
+    engine = ray.remote(num_cpus=0.5)(scoring_engine()).remote(spec(babbler, shared=1, dtype=dtype, refresh=refresh))
     tokens = rows_of(run.stage(1, "sample").read())[0]
     tokens = tokens["prompt_token_ids"] + tokens["token_ids"]
     base = torch.tensor(ray.get(engine.score.remote(tokens)))
