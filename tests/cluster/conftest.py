@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+import yaml
 
-from calm_ray.sampling.prompts import LETTERS
 from calm_ray.world.generator import build_world, world_questions
 from calm_ray.world.pretraining import pretrain
 
@@ -47,14 +48,40 @@ def question_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
 
 
 @pytest.fixture(scope="session")
+def make_recipe(
+    babbler: Path, question_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Writes a recipe for a run of one small round; takes the keys that differ."""
+
+    def make(**changes: Any) -> Path:
+        align, evaluate = (str(file) for file in question_files)
+        recipe: dict[str, Any] = {
+            "languages": LANGUAGES,
+            "model": str(babbler),
+            "device": "cpu",
+            "questions": {"align": align, "evaluate": evaluate},
+            "sampling": {"max_new_tokens": 40, "instruction": False, "prompts_per_chunk": 8},
+            "engines": {
+                "shared": 1, "cpus": 0.5, "dtype": "float32", "refresh": "merged",
+                "args": {"max_model_len": 512, "max_num_seqs": 64},
+            },
+            "train": {
+                "learning_rate": 1e-3, "epochs": 1, "dtype": "float32", "workers": 2, "cpus_per_worker": 0.5,
+            },
+        }  # fmt: skip
+        for key, value in changes.items():
+            recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value
+        file = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        return file
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def ray_8_cpus(cache: Path) -> Iterator[None]:
     """More logical CPUs than the machine may have, so that nothing waits for another test's actors."""
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
-
-
-def scrambled(gold: str) -> str:
-    """Another letter than the right one."""
-    return LETTERS[(LETTERS.index(gold) + 1) % 4]

@@ -1,0 +1,85 @@
+"""Bad input is refused before any engine starts: exit code 2, and a message that names what is wrong and what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calm_ray.cli import main
+from calm_ray.questions.reader import read_questions
+from calm_ray.testing import word_tokenizer, write_tiny_model
+
+pytestmark = pytest.mark.usefixtures("ray_8_cpus")
+
+
+@pytest.fixture
+def refused(make_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the recipe with overrides that must be refused; returns the message."""
+
+    def run(*overrides: str, **changes: Any) -> str:
+        recipe = make_recipe(name="bad", storage=str(tmp_path / "runs"), **changes)
+        assert main(["align", str(recipe), *overrides]) == 2
+        assert not list((tmp_path / "runs").glob("**/*.parquet"))
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_unknown_keys_and_wrong_types_are_named(refused: Callable[..., str]) -> None:
+    assert "train.learning_rat" in (message := refused("train.learning_rat=1e-5"))
+    assert "did you mean learning_rate" in message
+    assert "rounds: " in (message := refused("rounds=0"))
+    assert "it is 0" in message
+    assert "train.epochs" in refused("train.epochs=many")
+
+
+def test_a_model_that_is_not_there(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert f"no folder {tmp_path / 'nowhere'}" in refused(model=str(tmp_path / "nowhere"))
+
+
+def test_a_folder_that_holds_no_model(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "safetensors" in refused(model=str(tmp_path / "empty"))
+
+
+def test_a_tokenizer_without_the_letters(refused: Callable[..., str], tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", word_tokenizer(["Answer:", "A", "B", "C"]))
+    message = refused(model=str(folder))
+    assert "cannot write the answer letters D" in message
+    assert str(folder) in message
+
+
+def test_a_question_without_one_of_the_languages(
+    refused: Callable[..., str], question_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows = read_questions(str(question_files[0]), ["en", "fr"])
+    file = tmp_path / "short.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows[:-1]))
+    message = refused(questions={"align": str(file)})
+    assert str(file) in message
+    assert rows[-1]["question_id"] in message
+    assert "fr" in message
+
+
+def test_a_question_with_fewer_choices_in_one_language(
+    refused: Callable[..., str], question_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows = read_questions(str(question_files[0]), ["en", "fr"])
+    rows[3]["choices"] = rows[3]["choices"][:3]
+    file = tmp_path / "unequal.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    message = refused(questions={"align": str(file)})
+    assert str(file) in message
+    assert "4" in message
+    assert "3" in message
+    assert rows[3]["question_id"] in message
+
+
+def test_more_engines_than_the_cluster_can_ever_place(refused: Callable[..., str]) -> None:
+    message = refused("engines.shared=40")
+    assert "CPU (the cluster has at most 8)" in message
+    assert "engines.shared" in message

@@ -1,0 +1,232 @@
+"""Whole runs through `jobs/calm.py`, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from calm_ray.cli import main
+from calm_ray.rows import rows_of
+from calm_ray.rundir import RunDir
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def start_job(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "jobs" / "calm.py"), str(recipe), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_job(recipe: Path, *overrides: str) -> str:
+    job = start_job(recipe, *overrides)
+    output, _ = job.communicate()
+    assert job.returncode == 0, output
+    return output
+
+
+def metrics(run: RunDir) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(run.storage.path("metrics.jsonl")).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def recipe(make_recipe: Callable[..., Path], storage: Path) -> Path:
+    return make_recipe(name="whole", storage=str(storage))
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, storage: Path) -> tuple[RunDir, str]:
+    """A run of one round with one shared engine that is refreshed with merged weights, and what it printed."""
+    output = run_job(recipe)
+    return RunDir(str(storage), "whole"), output
+
+
+def test_a_round_leaves_all_that_was_promised(finished: tuple[RunDir, str]) -> None:
+    run, output = finished
+    lines = output.strip().splitlines()
+    assert lines[0] == lines[-1] == f"run: {run.uri}"
+    assert "Consistency_2" in output
+    summary = run.summary
+    assert [entry["policy"] for entry in summary["rounds"]] == ["base", run.stage(1, "train").record["policy"]["name"]]
+    for entry in summary["rounds"]:
+        assert set(entry["accuracy"]) == {"en", "fr"}
+        assert entry["accuracy_mean"] == pytest.approx(sum(entry["accuracy"].values()) / 2)
+        assert set(entry["consistency"]) == set(entry["ac3"]) == {"2"}
+    assert summary["rounds"][0]["vote_accuracy"] is not None
+    assert summary["rounds"][1]["pairs"] > 0
+    assert set(summary["rounds"][1]["seconds"]) == {"sample", "prefer", "train", "refresh", "evaluate"}
+    about = run.storage.read_json("config.json")
+    assert about["versions"]["ray"]
+    assert run.storage.read_json("finished.json") == {"engine_starts": 1, "engines": 1}
+
+
+def test_every_row_names_the_policy_that_wrote_it(finished: tuple[RunDir, str]) -> None:
+    run, _ = finished
+    policy = run.summary["rounds"][1]["policy"]
+    assert {row["policy"] for row in rows_of(run.stage(1, "sample").read())} == {"base"}
+    assert {row["policy"] for row in rows_of(run.stage(0, "evaluate").read())} == {"base"}
+    assert {row["policy"] for row in rows_of(run.stage(1, "evaluate").read())} == {policy}
+
+
+def test_the_first_loss_is_ln_2(finished: tuple[RunDir, str]) -> None:
+    first = next(row for row in metrics(finished[0]) if "train/loss" in row)
+    assert first["step"] == 1
+    assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_what_is_finished_is_not_run_again(
+    finished: tuple[RunDir, str], recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["align", str(recipe)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["align", str(recipe), "train.beta=0.2"]) == 2
+    message = capsys.readouterr().err
+    assert "train.beta: 0.1 there, 0.2 here" in message
+    assert "--overwrite" in message
+
+
+def test_show_prints_a_question_from_its_languages_to_a_pair(
+    finished: tuple[RunDir, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = finished
+    assert main(["show", run.uri]) == 0
+    output = capsys.readouterr().out
+    row = rows_of(run.stage(1, "pairs").read())[0]
+    for words in ("completions, round 1", "vote: ", "winner", "chosen", "rejected"):
+        assert words in output
+    assert main(["show", run.uri, "--question", row["question_id"]]) == 0
+    assert row["question_id"] in capsys.readouterr().out
+    assert main(["show", run.uri, "--question", "nobody-asked"]) == 2
+
+
+def test_an_exported_policy_is_the_model_with_its_adapter(
+    finished: tuple[RunDir, str], babbler: Path, tmp_path: Path
+) -> None:
+    run, _ = finished
+    assert main(["export", run.uri, str(tmp_path / "merged")]) == 0
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "merged")("Answer: A", return_tensors="pt")["input_ids"]
+    adapter = run.storage.path("rounds/1/train/policy")
+    assert {Path(file).suffix for file in Path(adapter).iterdir()} == {".safetensors", ".json"}
+    assert any(
+        tensor.abs().max() > 0
+        for name, tensor in load_file(f"{adapter}/adapter_model.safetensors").items()
+        if "lora_B" in name
+    )
+    with torch.no_grad():
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(tokens).logits
+        base = AutoModelForCausalLM.from_pretrained(babbler)
+        before = base(tokens).logits
+        adapted = PeftModel.from_pretrained(base, adapter)(tokens).logits
+    torch.testing.assert_close(exported, adapted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, adapted, atol=1e-4)
+    assert main(["export", run.uri, str(tmp_path / "merged")]) == 2
+
+
+def test_a_policy_is_evaluated_again(
+    finished: tuple[RunDir, str],
+    question_files: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    ray_8_cpus: None,
+) -> None:
+    run, _ = finished
+    assert main(["evaluate", run.uri, "--questions", str(question_files[1])]) == 0
+    policy = run.summary["rounds"][1]["policy"]
+    assert policy in capsys.readouterr().out
+    (folder,) = Path(run.storage.path("evaluations")).iterdir()
+    record = json.loads((folder / policy / "stage.json").read_text())
+    expected = run.summary["rounds"][1]
+    # The same questions to the same weights; their batches may differ, and with them a near tie.
+    assert record["report"]["accuracy_mean"] == pytest.approx(expected["accuracy_mean"], abs=0.05)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(make_recipe: Callable[..., Path], storage: Path) -> None:
+    recipe = make_recipe(
+        name="stopped", storage=str(storage), engines={"per_language": 1, "shared": None, "refresh": "adapter"}
+    )
+    run = RunDir(str(storage), "stopped")
+    job = start_job(recipe)
+    while job.poll() is None and not run.stage(1, "pairs").is_finished:
+        time.sleep(0.2)
+    job.send_signal(signal.SIGINT)
+    output, _ = job.communicate()
+    assert job.returncode == 130, output
+    assert "the same command goes on" in output
+    assert not run.storage.exists("finished.json")
+    files = [*Path(run.storage.path("rounds/1/sample")).iterdir(), *Path(run.storage.path("rounds/1/pairs")).iterdir()]
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+    run_job(recipe)
+    assert before == {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+    assert [entry["round"] for entry in run.summary["rounds"]] == [0, 1]
+    assert run.storage.read_json("finished.json") == {"engine_starts": 2, "engines": 2}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@contextmanager
+def ray_head() -> Iterator[tuple[str, dict[str, str]]]:
+    """`ray start --head`; the address for jobs, and the environment. Ends its own processes only."""
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    port, dashboard = free_port(), free_port()
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        command = [
+            str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--port={port}", f"--temp-dir={folder}",
+            f"--dashboard-port={dashboard}", "--disable-usage-stats",
+        ]  # fmt: skip
+        with open(Path(folder) / "head.log", "w") as log:
+            head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield f"http://127.0.0.1:{dashboard}", environment
+        finally:
+            head.send_signal(signal.SIGTERM)
+            head.wait(timeout=60)
+
+
+def submit(address: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
+    command += ["python", "jobs/calm.py", *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_job_is_submitted_to_a_cluster_and_fails_when_it_fails(
+    make_recipe: Callable[..., Path], storage: Path
+) -> None:
+    with ray_head() as (address, environment):
+        deadline = time.monotonic() + 120
+        while (bad := submit(address, environment, "rounds=0")).returncode and "rounds: " not in bad.stdout:
+            assert time.monotonic() < deadline, bad.stdout + bad.stderr
+            time.sleep(2)
+        assert bad.returncode != 0
+        assert "FAILED" in bad.stdout.upper() + bad.stderr.upper()
+        recipe = make_recipe(name="submitted", storage=str(storage))
+        good = submit(address, environment, str(recipe))
+        assert good.returncode == 0, good.stdout + good.stderr
+        assert "joined a cluster" in good.stdout
+    run = RunDir(str(storage), "submitted")
+    assert run.storage.exists("finished.json")
+    assert f"run: {run.uri}" in good.stdout

@@ -1,0 +1,174 @@
+"""Votes and pairs on Ray Data: the same as the pure functions make, from completions alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from calm_ray.config import Preferences
+from calm_ray.policies import BaseModel
+from calm_ray.preferences.pairs import carry_over, draft_pairs, finish_pairs, group_by_question
+from calm_ray.preferences.pipeline import PreferenceJob, count_chunks, make_preferences
+from calm_ray.preferences.voting import vote
+from calm_ray.questions.reader import write_chunks
+from calm_ray.rows import Completion, Question, rows_of, table
+from calm_ray.rundir import Stage
+from calm_ray.sampling.complete import encode_prompt
+from calm_ray.sampling.prompts import LETTERS, prompt_text
+from calm_ray.storage import Storage
+from calm_ray.testing import write_tiny_model
+from calm_ray.world.generator import World, build_world, lexicon, world_questions
+from calm_ray.world.tokenizer import build_tokenizer
+from calm_ray.world.translator import WorldTranslator
+
+pytestmark = pytest.mark.usefixtures("ray_8_cpus")
+
+LANGUAGES = ["en", "fr", "ru"]
+CPUS = 0.5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"), build_tokenizer(build_world(100)))
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[Question]:
+    rows, _ = world_questions(build_world(100))
+    return [row for row in rows[: 4 * 30] if row["language"] in LANGUAGES]
+
+
+def completion(world: World, question: Question, sample: int, letter: str, prompt: list[int]) -> Completion:
+    """What a model that chooses `letter` says in this world."""
+    topic, name = question["question_id"].split("-")
+    town = next(number for number in range(len(world.towns)) if world.name(number, "en").lower() == name)
+    values = lexicon()["topics"][topic]["values"][question["language"]]
+    options = [values.index(choice) for choice in question["choices"]]
+    text = world.answer(town, topic, options[LETTERS.index(letter)], options, question["language"])
+    return Completion(
+        question_id=question["question_id"], language=question["language"], sample=sample, round=1, text=text,
+        prompt_token_ids=prompt, token_ids=[50 + sample, 1], answer=letter, policy="base", finish_reason="stop",
+    )  # fmt: skip
+
+
+def make_job(folder: Path, model: Path, questions: list[Question], **changes: Any) -> PreferenceJob:
+    """A job on questions and on completions drawn at random, the same for the same question."""
+
+    def stage(name: str) -> Stage:
+        return Stage(Storage(str(folder / name)))
+
+    job = PreferenceJob(
+        questions=stage("questions"), completions=stage("sample"), votes=stage("votes"), pairs=stage("pairs"),
+        languages=LANGUAGES, preferences=Preferences(translator="world"), instruction=False,
+        model=BaseModel(str(model)), seed=0, round_number=1, world_seed=100, engines=[], max_new_tokens=48,
+    )  # fmt: skip
+    write_chunks(questions, job.questions, prompts_per_chunk=8)
+    world, tokenizer = build_world(100), build_tokenizer(build_world(100))
+    for chunk in job.questions.chunks():
+        for language in LANGUAGES:
+            rows = []
+            for question in rows_of(job.questions.read_chunk(chunk)):
+                if question["language"] == language:
+                    rng = random.Random(question["question_id"] + language)
+                    prompt = encode_prompt(tokenizer, prompt_text(question, False))
+                    rows += [completion(world, question, n, rng.choice("AAB"), prompt) for n in range(3)]
+            job.completions.write(f"{chunk}-{language}", table(Completion, rows))
+    return replace(job, **changes)
+
+
+def run(job: PreferenceJob) -> None:
+    list(make_preferences(job, sorted(job.questions.chunks()), CPUS))
+
+
+def test_the_pipeline_writes_what_the_pure_functions_make(
+    tmp_path: Path, model: Path, questions: list[Question]
+) -> None:
+    job = make_job(tmp_path, model, questions)
+    run(job)
+    groups = group_by_question(rows_of(job.completions.read()))
+    lookup = {(row["question_id"], row["language"]): row for row in questions}
+    votes, pairs = [], []
+    for rows in groups.values():
+        votes.append(vote(rows, job.preferences, 0))
+        drafts = draft_pairs(rows, job.preferences, 0)
+        texts = carry_over(drafts, lookup, WorldTranslator(build_world(100)))
+        pairs += finish_pairs(drafts, texts, lookup, build_tokenizer(build_world(100)), False, 1)
+
+    def by_id(rows: list[Any]) -> list[Any]:
+        return sorted(rows, key=lambda row: (row["question_id"], row.get("pair", 0)))
+
+    assert by_id(rows_of(job.votes.read())) == by_id(votes)
+    written = by_id(rows_of(job.pairs.read()))
+    assert written == by_id(pairs)
+    assert {row["language"] for row in written} == set(LANGUAGES)
+    carried = [row for row in written if row["chosen_language"] != row["language"]]
+    assert carried
+    for row in written:
+        assert row["chosen_answer"] != row["rejected_answer"]
+        assert row["chosen_token_ids"][-1] == row["rejected_token_ids"][-1] == 1
+
+
+def test_no_gold_answer_reaches_the_pairs(tmp_path: Path, model: Path, questions: list[Question]) -> None:
+    def with_gold(gold: str | None) -> list[Question]:
+        return [Question(**{**row, "gold": gold}) for row in questions]  # type: ignore[typeddict-item]
+
+    jobs = [
+        make_job(tmp_path / str(gold), model, rows)
+        for gold, rows in (("true", questions), ("C", with_gold("C")), ("none", with_gold(None)))
+    ]
+    for job in jobs:
+        run(job)
+    for chunk in jobs[0].questions.chunks():
+        for other in jobs[1:]:
+            assert other.pairs.read_chunk(chunk).equals(jobs[0].pairs.read_chunk(chunk))
+            assert other.votes.read_chunk(chunk).equals(jobs[0].votes.read_chunk(chunk))
+    # What is reported does depend on gold: nobody says C.
+    reports = [count_chunks(job, sorted(job.questions.chunks()), CPUS) for job in jobs]
+    assert reports[0] != reports[1] != reports[2]
+    assert reports[0]["pairs"] == reports[1]["pairs"] == reports[2]["pairs"] > 0
+
+
+def start_writers(count: int) -> list[Any]:
+    """Actors that stand where engines do and translate by a rule: into French they never can."""
+
+    class Writer:
+        def write(self, messages: list[str], max_new_tokens: int) -> list[str]:
+            return [self._one(message) for message in messages]
+
+        def _one(self, message: str) -> str:
+            if "into French" in message:
+                return "Je ne sais pas."
+            marker = "Answer:" if "into English" in message else "Ответ:"
+            return f"{marker} {message.strip()[-1]}"
+
+    return [ray.remote(num_cpus=0)(Writer).remote() for _ in range(count)]
+
+
+def test_the_model_translates_through_the_engines_and_is_checked(
+    tmp_path: Path, model: Path, questions: list[Question]
+) -> None:
+    writers = start_writers(2)
+    job = make_job(tmp_path, model, questions, preferences=Preferences(translator="model"), engines=writers)
+    run(job)
+    wanted, carried = (
+        [row for row in pairs if row["chosen_language"] != row["language"]]
+        for pairs in (exact_pairs(tmp_path / "exact", model, questions), rows_of(job.pairs.read()))
+    )
+    assert "fr" in {row["language"] for row in wanted}
+    assert {row["language"] for row in carried} == {row["language"] for row in wanted} - {"fr"}
+    for row in carried:
+        assert row["chosen"] == f"{'Answer' if row['language'] == 'en' else 'Ответ'}: {row['chosen_answer']}"
+        assert row["chosen_token_ids"][-1] == 1
+    for writer in writers:
+        ray.kill(writer)
+
+
+def exact_pairs(folder: Path, model: Path, questions: list[Question]) -> list[Any]:
+    job = make_job(folder, model, questions)
+    run(job)
+    return rows_of(job.pairs.read())
