@@ -10,7 +10,8 @@ from calm_ray.errors import InputError
 from calm_ray.policies import BaseModel, require_safetensors
 from calm_ray.questions.reader import read_questions
 from calm_ray.rows import Question
-from calm_ray.sampling.prompts import letters
+from calm_ray.sampling.complete import encode_prompt
+from calm_ray.sampling.prompts import letters, prompt_text
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def prepare(config: Config) -> Inputs:
         model = BaseModel(str(folder))  # absolute, for workers elsewhere
         require_safetensors(folder)
     check_model(folder, align + evaluate)
+    check_lengths(folder, align + evaluate, config)
     return Inputs(model, folder, align, evaluate)
 
 
@@ -76,3 +78,22 @@ def check_model(folder: Path, questions: list[Question]) -> None:
     lost = [letter for letter in needed if letter not in tokenizer.decode(tokenizer.encode(f"Answer: {letter}"))]
     if lost:
         raise InputError(f"model: the tokenizer in {folder} cannot write the answer letters {', '.join(lost)}")
+
+
+def check_lengths(folder: Path, questions: list[Question], config: Config) -> None:
+    """Raises InputError for a question that leaves no room for an answer in the engines' context."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    limit = config.engines.args.get("max_model_len")
+    if not isinstance(limit, int):
+        limit = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "max_position_embeddings", None)
+    if limit is None:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for row in questions:
+        length = len(encode_prompt(tokenizer, prompt_text(row, config.sampling.instruction)))
+        if length >= limit:
+            raise InputError(
+                f"question {row['question_id']} in {row['language']}: its prompt is {length} tokens long and the "
+                f"engines take {limit}; leave it out, or raise engines.args.max_model_len where the model allows it"
+            )

@@ -72,10 +72,11 @@ class Stages:
         todo = sorted(questions.chunks() - stage.chunks())
         with step(f"round {number}: vote and pair", len(questions.chunks())) as progress:
             progress.advance(len(stage.chunks()))
-            made = 0
+            made: Counter[str] = Counter()
             for row in make_preferences(job, todo, DATA_CPUS):
-                made += row["pairs"]
-                progress.advance(note=f"{made} pairs")
+                made.update({"drafts": row["drafts"], "pairs": row["pairs"]})
+                lost = made["drafts"] - made["pairs"]
+                progress.advance(note=f"{made['pairs']} pairs" + (f", {lost} not carried over" if lost else ""))
             counts = count_chunks(job, sorted(questions.chunks()), DATA_CPUS)
         record = {"pairs": counts["pairs"], "vote": vote_report(counts), "seconds": time.monotonic() - started}
         return stage.finish(record)

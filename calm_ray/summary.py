@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from calm_ray.config import Config
@@ -57,9 +58,12 @@ def _record(run: RunDir, number: int, name: str) -> dict[str, Any]:
 def print_summary(summary: dict[str, Any]) -> None:
     """The closing table: a line for each round, in percent."""
     languages = summary["languages"]
-    table = Table(title=f"{summary['method']}: held-out questions, percent", title_justify="left")
-    for name in ["round", *languages, "mean", "Consistency_2", "AC3_2", "unreadable", "vote*", "pairs", "seconds"]:
-        table.add_column(name, justify="right")
+    table = _table(f"{summary['method']}: held-out questions, percent")
+    # Headers in two lines, so that the table of a few languages fits into 80 columns.
+    for name in [
+        "round", *languages, "mean", "Consis-\ntency_2", "AC3_2", "unread-\nable", "vote*", "pairs", "seconds",
+    ]:  # fmt: skip
+        table.add_column(name, justify="right", no_wrap=True)
     for entry in summary["rounds"]:
         cells = [str(entry["round"])]
         if "accuracy" in entry:
@@ -78,7 +82,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 def evaluation_table(title: str, report: dict[str, Any]) -> Table:
     """One policy's report as a table."""
-    table = Table(title=title, title_justify="left")
+    table = _table(title)
     cells = {
         **dict(report["accuracy"].items()),
         "mean": report["accuracy_mean"],
@@ -87,9 +91,13 @@ def evaluation_table(title: str, report: dict[str, Any]) -> Table:
         "unreadable": report["unreadable"],
     }
     for name in cells:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_row(*(_percent(value) for value in cells.values()))
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
 
 
 def _percent(share: float | None) -> str:

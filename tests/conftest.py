@@ -1,4 +1,4 @@
-"""Row factories and the data folder, for all tests."""
+"""What tests need of the machine: the folder of real data, GPUs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """`@pytest.mark.gpu(n)`: skipped where there are fewer GPUs."""
+    for marker in item.iter_markers("gpu"):
+        (needed,) = marker.args
+        if torch.cuda.device_count() < needed:
+            pytest.skip(f"needs {needed} GPU(s), there are {torch.cuda.device_count()}")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from calm_ray.rows import Completion, Question
+import random
+
+from calm_ray.rows import Completion, Pair, Question
 
 
 def question(question_id: str = "q1", language: str = "en", choices: int = 4, gold: str | None = None) -> Question:
@@ -46,3 +48,16 @@ def completions(answers: dict[str, str], question_id: str = "q1") -> list[Comple
         for language, letters in answers.items()
         for sample, letter in enumerate(letters)
     ]
+
+
+def token_pair(number: int, rng: random.Random) -> Pair:
+    """A pair of random tokens 3 to 89, each side ended by token 1."""
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [rng.randrange(3, 90) for _ in range(rng.randint(low, high))]
+
+    return Pair(
+        round=1, question_id=f"q{number}", pair=0, language="en", prompt="", chosen="", rejected="",
+        prompt_token_ids=tokens(2, 20), chosen_token_ids=[*tokens(1, 30), 1], rejected_token_ids=[*tokens(1, 30), 1],
+        chosen_answer="A", rejected_answer="B", chosen_language="en", policy="base",
+    )  # fmt: skip

@@ -66,6 +66,11 @@ class VLLMGenerator:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._llm.get_tokenizer()
 
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        return int(self._llm.model_config.max_model_len)
+
     def load(self, policy: Policy) -> None:
         """Takes a policy into the running engine, as an adapter or as merged weights, and forgets the one before."""
         if policy.name == self.policy:
@@ -181,10 +186,15 @@ class EngineActor:
         return {"rows": len(rows), "unreadable": sum(row["answer"] is None for row in rows)}
 
     def write(self, messages: list[str], max_new_tokens: int) -> list[str]:
-        """The model's greedy reply to each message, for the translator."""
+        """The model's greedy reply to each message, for the translator; nothing to one that is too long to be read."""
         prompts = [encode_prompt(self._generator.tokenizer, message) for message in messages]
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < self._generator.context_tokens]
         greedy = Decoding(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=max_new_tokens)
-        return [one[0].text for one in self._generator.generate(prompts, greedy, [0] * len(prompts))]
+        replies = [""] * len(messages)
+        generated = self._generator.generate([prompts[i] for i in fitting], greedy, [0] * len(fitting))
+        for i, (one,) in zip(fitting, generated, strict=True):
+            replies[i] = one.text
+        return replies
 
 
 Engine = ray.remote(EngineActor)

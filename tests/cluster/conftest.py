@@ -63,7 +63,7 @@ def make_recipe(
             "sampling": {"max_new_tokens": 40, "instruction": False, "prompts_per_chunk": 8},
             "engines": {
                 "shared": 1, "cpus": 0.5, "dtype": "float32", "refresh": "merged",
-                "args": {"max_model_len": 512, "max_num_seqs": 64},
+                "args": {"max_num_seqs": 64},
             },
             "train": {
                 "learning_rate": 1e-3, "epochs": 1, "dtype": "float32", "workers": 2, "cpus_per_worker": 0.5,

@@ -83,3 +83,9 @@ def test_more_engines_than_the_cluster_can_ever_place(refused: Callable[..., str
     message = refused("engines.shared=40")
     assert "CPU (the cluster has at most 8)" in message
     assert "engines.shared" in message
+
+
+def test_a_question_that_does_not_fit_into_the_engines(refused: Callable[..., str]) -> None:
+    message = refused("engines.args.max_model_len=16")
+    assert "its prompt is" in message
+    assert "engines take 16" in message

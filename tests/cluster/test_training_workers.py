@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray.train
 import torch
+from factories import token_pair
 from peft import PeftModel
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -33,22 +34,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"), tokenizer)
 
 
-def pair(number: int, rng: random.Random) -> Pair:
-    def tokens(low: int, high: int) -> list[int]:
-        return [rng.randrange(3, 90) for _ in range(rng.randint(low, high))]
-
-    return Pair(
-        round=1, question_id=f"q{number}", pair=0, language="en", prompt="", chosen="", rejected="",
-        prompt_token_ids=tokens(2, 20), chosen_token_ids=[*tokens(1, 30), 1], rejected_token_ids=[*tokens(1, 30), 1],
-        chosen_answer="A", rejected_answer="B", chosen_language="en", policy="base",
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     stage = Stage(Storage(str(tmp_path_factory.mktemp("pairs"))))
     rng = random.Random(0)
-    stage.write("00000", table(Pair, [pair(number, rng) for number in range(48)]))
+    stage.write("00000", table(Pair, [token_pair(number, rng) for number in range(48)]))
     return stage
 
 

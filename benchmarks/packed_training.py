@@ -1,0 +1,121 @@
+"""How much faster is packed training than padded? calm_ray's loop beside TRL's DPOTrainer on the same pairs.
+
+    CALM_RAY_DATA=... python benchmarks/packed_training.py
+
+Takes the published X-CSQA pairs (`calm_xcsqa/pairs/DPO_*.json`) for their spread of lengths, a tokenizer trained on
+their texts, and a small Llama with random weights. Both engines get the same pairs, batches of the same size, the same
+adapter and the same precomputed reference, in the same number of Ray Train workers; they take turns, twice. Start-up is
+not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import tempfile
+from pathlib import Path
+
+import ray
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from calm_ray.config import Lora, Train
+from calm_ray.policies import BaseModel, Policy
+from calm_ray.rows import Pair, table
+from calm_ray.rundir import Stage
+from calm_ray.storage import Storage
+from calm_ray.testing import write_tiny_model
+from calm_ray.training.loop import TrainJob
+from calm_ray.training.workers import train_round
+
+LANGUAGES = ["cn", "de", "en", "fr", "it", "ja"]
+ENGINES = {"packed": "fsdp", "padded": "trl"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=384, help="drawn from all languages")
+    parser.add_argument("--batch-pairs", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    options = parser.parse_args()
+    texts = read_pairs(options.pairs)
+    tokenizer = train_tokenizer([side for row in texts for side in row])
+    ray.init(num_cpus=options.workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        model = write_tiny_model(root / "model", tokenizer, width=options.width, layers=options.layers)
+        pairs = Stage(Storage(str(root / "pairs")))
+        rows = [to_pair(number, texts[number], tokenizer) for number in range(len(texts))]
+        pairs.write("00000", table(Pair, rows))
+        describe(rows, options.batch_pairs // options.workers)
+        seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
+        for turn in range(2):
+            for name, engine in ENGINES.items():
+                output = Stage(Storage(str(root / f"{name}-{turn}")))
+                seconds[name].append(train(engine, model, pairs, output, options.batch_pairs, options.workers))
+                print(f"{name}: {len(rows) / seconds[name][-1]:.1f} pairs/s", flush=True)
+    print(f"packed : padded = {min(seconds['padded']) / min(seconds['packed']):.2f}")
+
+
+def read_pairs(count: int) -> list[tuple[str, str, str]]:
+    """(prompt, chosen, rejected) texts."""
+    folder = Path(os.environ.get("CALM_RAY_DATA", "../shared/data")) / "calm_xcsqa" / "pairs"
+    rows = [row for code in LANGUAGES for row in json.loads((folder / f"DPO_{code}.json").read_text())]
+    drawn = random.Random(0).sample(rows, count)
+    return [(f"{row['instruction']}\n{row['input']}\n", row["chosen"], row["rejected"]) for row in drawn]
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=8192, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def to_pair(number: int, texts: tuple[str, str, str], tokenizer: PreTrainedTokenizerFast) -> Pair:
+    prompt, chosen, rejected = texts
+    eos = [tokenizer.eos_token_id]
+    return Pair(
+        round=1, question_id=str(number), pair=0, language="en", prompt=prompt, chosen=chosen, rejected=rejected,
+        prompt_token_ids=tokenizer.encode(prompt), chosen_token_ids=tokenizer.encode(chosen) + eos,
+        rejected_token_ids=tokenizer.encode(rejected) + eos, chosen_answer="A", rejected_answer="B",
+        chosen_language="en", policy="base",
+    )  # fmt: skip
+
+
+def describe(rows: list[Pair], pairs_per_forward: int) -> None:
+    """How long the sequences are, and how much of a padded batch of random pairs is padding."""
+    lengths = [
+        len(row["prompt_token_ids"]) + len(side)
+        for row in rows
+        for side in (row["chosen_token_ids"], row["rejected_token_ids"])
+    ]
+    size = 2 * pairs_per_forward
+    padded = sum(max(lengths[i : i + size]) * len(lengths[i : i + size]) for i in range(0, len(lengths), size))
+    ordered = sorted(lengths)
+    quantiles = [ordered[round(share * (len(ordered) - 1))] for share in (0, 0.5, 0.9, 1)]
+    print(f"{len(rows)} pairs; tokens of a sequence: least, median, 90 %, most = {quantiles}")
+    print(f"padding in a padded batch: {1 - sum(lengths) / padded:.0%}")
+
+
+def train(engine: str, model: Path, pairs: Stage, output: Stage, batch_pairs: int, workers: int) -> float:
+    """Trains one epoch; returns the seconds of its steps."""
+    settings = Train(
+        engine=engine, learning_rate=1e-5, warmup_share=0.1, epochs=1, batch_pairs=batch_pairs, validation_share=0,
+        dtype="float32", workers=workers, lora=Lora(), max_pair_tokens=512,
+    )  # type: ignore[arg-type]  # fmt: skip
+    job = TrainJob(pairs, output, BaseModel(str(model)), Policy(), Policy(), settings, "calm", 0, 1)
+    metrics: list[dict[str, float]] = []
+    train_round(job, "cpu", metrics.append)
+    steps = [row["seconds"] for row in metrics if "seconds" in row]
+    return sum(steps) if steps else next(row["trl/train_runtime"] for row in metrics if "trl/train_runtime" in row)
+
+
+if __name__ == "__main__":
+    main()

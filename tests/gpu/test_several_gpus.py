@@ -1,0 +1,100 @@
+"""Ray Train workers on several GPUs, and engines with tensor parallelism in placement groups."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from factories import question, token_pair
+
+from calm_ray.config import Engines, Lora, Train
+from calm_ray.policies import BaseModel, Policy
+from calm_ray.questions.reader import write_chunks
+from calm_ray.rows import Pair, rows_of, table
+from calm_ray.rundir import Stage
+from calm_ray.sampling.engine import ChunkTask, EngineSpec
+from calm_ray.sampling.generator import Decoding
+from calm_ray.sampling.pool import EnginePool
+from calm_ray.storage import Storage
+from calm_ray.testing import word_tokenizer, write_tiny_model
+from calm_ray.training.loop import TrainJob
+from calm_ray.training.workers import train_round
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_gpus() -> Iterator[None]:
+    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = word_tokenizer([f"w{i}" for i in range(90)])
+    return write_tiny_model(tmp_path_factory.mktemp("model"), tokenizer, width=256, layers=4, key_value_heads=2)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    stage = Stage(Storage(str(tmp_path_factory.mktemp("pairs"))))
+    rng = random.Random(0)
+    stage.write("00000", table(Pair, [token_pair(number, rng) for number in range(48)]))
+    return stage
+
+
+def losses(model: Path, pairs: Stage, output: Path, **changes: Any) -> list[float]:
+    """The loss curve of one round of training."""
+    settings = {"learning_rate": 1e-2, "warmup_share": 0.1, "epochs": 2, "dtype": "float32", "attention": "sdpa"}
+    train = Train(**{**settings, **changes})
+    job = TrainJob(pairs, Stage(Storage(str(output))), BaseModel(str(model)), Policy(), Policy(), train, "calm", 0, 1)
+    rows: list[dict[str, Any]] = []
+    train_round(job, "gpu", rows.append)
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+@pytest.mark.gpu(2)
+def test_two_gpus_train_as_one(model: Path, pairs: Stage, tmp_path: Path) -> None:
+    one, two = (losses(model, pairs, tmp_path / str(n), workers=n) for n in (1, 2))
+    assert one[0] == pytest.approx(0.6931472, abs=1e-4)
+    assert two == pytest.approx(one, abs=1e-4)
+
+
+@pytest.mark.gpu(4)
+def test_hybrid_sharding_trains_as_full_sharding(model: Path, pairs: Stage, tmp_path: Path) -> None:
+    full = losses(model, pairs, tmp_path / "full", workers=4)
+    hybrid = losses(model, pairs, tmp_path / "hybrid", workers=4, shards=2)
+    assert hybrid == pytest.approx(full, abs=1e-4)
+
+
+@pytest.mark.gpu(2)
+def test_trl_shards_through_accelerate(model: Path, pairs: Stage, tmp_path: Path) -> None:
+    ours = losses(model, pairs, tmp_path / "ours", workers=2, validation_share=0)
+    trl = losses(model, pairs, tmp_path / "trl", workers=2, validation_share=0, engine="trl")
+    assert trl[0] == pytest.approx(ours[0], abs=1e-4)
+
+
+def greedy(model: Path, folder: Path, **engines: Any) -> list[list[int]]:
+    """What an engine says, greedily, to 16 questions."""
+    questions = Stage(Storage(str(folder / "questions")))
+    write_chunks([question(f"q{i}") for i in range(16)], questions, prompts_per_chunk=16)
+    output = Stage(Storage(str(folder / "sample")))
+    settings = Engines(shared=1, dtype="float32", args={"max_model_len": 256}, **engines)
+    spec = EngineSpec(BaseModel(str(model)), settings, Lora(), "gpu", seed=0)
+    tasks = [ChunkTask(questions, output, chunk, "en") for chunk in questions.chunks()]
+    with EnginePool(spec, ["en"], print) as pool:
+        decoding = Decoding(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=16)
+        list(pool.run("sample", tasks, decoding=decoding, instruction=True, seed=0, round_number=1))
+    return [row["token_ids"] for row in rows_of(output.read())]
+
+
+@pytest.mark.gpu(2)
+def test_an_engine_over_two_gpus_says_what_one_says(model: Path, tmp_path: Path) -> None:
+    one = greedy(model, tmp_path / "one")
+    two = greedy(model, tmp_path / "two", tensor_parallel_size=2)
+    same = torch.tensor([a == b for a, b in zip(one, two, strict=True)]).float().mean()
+    assert same >= 0.9  # sums over two halves differ in their last digits
