@@ -44,6 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     texts = read_pairs(options.pairs)
     tokenizer = train_tokenizer([side for row in texts for side in row])
+    os.environ.setdefault("RAY_AUTH_TOKEN", "a" * 64)  # else Ray leaves one in the home folder
     ray.init(num_cpus=options.workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,7 @@ from calm_ray.errors import InputError
 from calm_ray.storage import Storage
 
 WAIT_SECONDS = 30
+TOKEN = "RAY_AUTH_TOKEN"
 DATA_CPUS = 0.5
 """Logical CPUs of one Ray Data task."""
 
@@ -44,19 +47,31 @@ def cluster(config: Config, say: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     _keep_quiet()
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        ray.init(num_cpus=math.ceil(needed["CPU"]), **options)
-        joined = False
-    except ValueError:  # a cluster is there already, and has its own size
-        ray.init(**options)
-        joined = True
+    joined = _start_or_join(math.ceil(needed["CPU"]))
     try:
         check_resources(needed)
         say(_describe(joined))
         yield
     finally:
         ray.shutdown()
+
+
+def _start_or_join(cpus: int) -> bool:
+    """Starts a local Ray, or joins the cluster that is there; returns whether it joined."""
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    # Ray protects a local cluster with a token and would leave it in the user's home, where it locks every cluster
+    # that is started later. This one is for this run's processes alone.
+    has_own_token = TOKEN not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ
+    if has_own_token:
+        os.environ[TOKEN] = secrets.token_hex(32)
+    try:
+        ray.init(num_cpus=cpus, **options)
+        return False
+    except ValueError:  # a cluster is there already, and has its own size and token
+        if has_own_token:
+            del os.environ[TOKEN]
+        ray.init(**options)
+        return True
 
 
 def _keep_quiet() -> None:

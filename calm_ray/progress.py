@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINE_SECONDS = 10.0
 """How often a step says where it is when it writes into a file."""
 
-console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True)
 
 
 class Step:

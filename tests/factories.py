@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
-from calm_ray.rows import Completion, Pair, Question
+from calm_ray.rows import Completion, Pair, Question, table
+from calm_ray.rundir import Stage
+from calm_ray.storage import Storage
+from calm_ray.testing import word_tokenizer, write_tiny_model
 
 
 def question(question_id: str = "q1", language: str = "en", choices: int = 4, gold: str | None = None) -> Question:
@@ -61,3 +65,16 @@ def token_pair(number: int, rng: random.Random) -> Pair:
         prompt_token_ids=tokens(2, 20), chosen_token_ids=[*tokens(1, 30), 1], rejected_token_ids=[*tokens(1, 30), 1],
         chosen_answer="A", rejected_answer="B", chosen_language="en", policy="base",
     )  # fmt: skip
+
+
+def pairs_stage(folder: Path, count: int = 48) -> Stage:
+    """A stage that holds `count` pairs of random tokens."""
+    stage = Stage(Storage(str(folder)))
+    rng = random.Random(0)
+    stage.write("00000", table(Pair, [token_pair(number, rng) for number in range(count)]))
+    return stage
+
+
+def tiny_model(folder: Path, **shape: int) -> Path:
+    """A model of random weights that knows the tokens of `token_pair`."""
+    return write_tiny_model(folder, word_tokenizer([f"w{i}" for i in range(90)]), **shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def make_recipe(
 @pytest.fixture(scope="session")
 def ray_8_cpus(cache: Path) -> Iterator[None]:
     """More logical CPUs than the machine may have, so that nothing waits for another test's actors."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", "a" * 64)  # else Ray leaves one in the user's home
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield

@@ -67,7 +67,7 @@ def test_a_round_leaves_all_that_was_promised(finished: tuple[RunDir, str]) -> N
     run, output = finished
     lines = output.strip().splitlines()
     assert lines[0] == lines[-1] == f"run: {run.uri}"
-    assert "Consistency_2" in output
+    assert "Consis-" in output
     summary = run.summary
     assert [entry["policy"] for entry in summary["rounds"]] == ["base", run.stage(1, "train").record["policy"]["name"]]
     for entry in summary["rounds"]:
@@ -191,12 +191,14 @@ def free_port() -> int:
 @contextmanager
 def ray_head() -> Iterator[tuple[str, dict[str, str]]]:
     """`ray start --head`; the address for jobs, and the environment. Ends its own processes only."""
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64,
+    }  # fmt: skip
     port, dashboard = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
         command = [
             str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--port={port}", f"--temp-dir={folder}",
-            f"--dashboard-port={dashboard}", "--disable-usage-stats",
+            f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats",
         ]  # fmt: skip
         with open(Path(folder) / "head.log", "w") as log:
             head = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray.train
 import torch
-from factories import token_pair
+from factories import pairs_stage, tiny_model
 from peft import PeftModel
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from calm_ray.config import Lora, Train
 from calm_ray.errors import CalmRayError
 from calm_ray.policies import BaseModel, Policy
-from calm_ray.rows import Pair, rows_of, table
+from calm_ray.rows import rows_of
 from calm_ray.rundir import Stage
 from calm_ray.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
@@ -30,16 +29,12 @@ pytestmark = pytest.mark.usefixtures("ray_8_cpus")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = word_tokenizer([f"w{i}" for i in range(90)])
-    return write_tiny_model(tmp_path_factory.mktemp("model"), tokenizer)
+    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    stage = Stage(Storage(str(tmp_path_factory.mktemp("pairs"))))
-    rng = random.Random(0)
-    stage.write("00000", table(Pair, [token_pair(number, rng) for number in range(48)]))
-    return stage
+    return pairs_stage(tmp_path_factory.mktemp("pairs"))
 
 
 def train(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from factories import token_pair
+from factories import tiny_model, token_pair
 from transformers import AutoModelForCausalLM
 
 from calm_ray.config import Lora, Train
@@ -32,8 +32,7 @@ def one_process() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = word_tokenizer([f"w{i}" for i in range(90)])
-    return write_tiny_model(tmp_path_factory.mktemp("model"), tokenizer, width=256, layers=4, key_value_heads=2)
+    return tiny_model(tmp_path_factory.mktemp("model"), width=256, layers=4, key_value_heads=2)
 
 
 def loaded(folder: Path, **changes: Any) -> PolicyModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,17 @@ from typing import Any
 import pytest
 import ray
 import torch
-from factories import question, token_pair
+from factories import pairs_stage, question, tiny_model
 
 from calm_ray.config import Engines, Lora, Train
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.questions.reader import write_chunks
-from calm_ray.rows import Pair, rows_of, table
+from calm_ray.rows import rows_of
 from calm_ray.rundir import Stage
 from calm_ray.sampling.engine import ChunkTask, EngineSpec
 from calm_ray.sampling.generator import Decoding
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.storage import Storage
-from calm_ray.testing import word_tokenizer, write_tiny_model
 from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round
 
@@ -35,16 +33,12 @@ def all_gpus() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = word_tokenizer([f"w{i}" for i in range(90)])
-    return write_tiny_model(tmp_path_factory.mktemp("model"), tokenizer, width=256, layers=4, key_value_heads=2)
+    return tiny_model(tmp_path_factory.mktemp("model"), width=256, layers=4, key_value_heads=2)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    stage = Stage(Storage(str(tmp_path_factory.mktemp("pairs"))))
-    rng = random.Random(0)
-    stage.write("00000", table(Pair, [token_pair(number, rng) for number in range(48)]))
-    return stage
+    return pairs_stage(tmp_path_factory.mktemp("pairs"))
 
 
 def losses(model: Path, pairs: Stage, output: Path, **changes: Any) -> list[float]:
