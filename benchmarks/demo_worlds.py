@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--storage", default=str(Path("~/calm_ray/worlds").expanduser()))
     options = parser.parse_args()
+    Path(options.storage).parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.variants}
     for seed in options.seeds:
         for variant in options.variants:

@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -25,31 +26,52 @@ DATA_CPUS = 0.5
 """Logical CPUs of one Ray Data task."""
 
 
-def needed_resources(config: Config) -> dict[str, float]:
-    """What a run holds at its fullest: all engines, and the training workers beside them."""
-    engines = len(config.engines.homes(config.languages))
-    gpus_per_engine = config.engines.tensor_parallel_size
-    cpus = engines * max(config.engines.cpus, gpus_per_engine if gpus_per_engine > 1 else 0)
-    cpus += max(config.train.workers * config.train.cpus_per_worker, DATA_CPUS)
-    gpus = engines * gpus_per_engine + config.train.workers if config.device == "gpu" else 0
-    return {"CPU": cpus, "GPU": gpus}
+Resources = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run asks of a cluster."""
+
+    parts: list[tuple[int, Resources]]
+    """(how many, what each takes on one node)."""
+
+    @property
+    def total(self) -> Resources:
+        """All parts at the same time."""
+        names = ("CPU", "GPU")
+        return {name: sum(count * part.get(name, 0.0) for count, part in self.parts) for name in names}
+
+
+def needs_of(config: Config, training: bool = True) -> Needs:
+    """The engines of a run, and the training workers, which come and go beside them."""
+    engines, gpus = config.engines, config.device == "gpu"
+    size = engines.tensor_parallel_size
+    engine = {"CPU": engines.cpus if size == 1 else float(size), "GPU": float(size * gpus)}
+    parts = [(len(engines.homes(config.languages)), engine)]
+    if training:
+        worker = {"CPU": config.train.cpus_per_worker, "GPU": float(gpus)}
+        parts += [(config.train.workers, worker)]
+        spare = DATA_CPUS - config.train.workers * config.train.cpus_per_worker
+        parts += [(1, {"CPU": spare})] if spare > 0 else []
+    return Needs(parts)
 
 
 @contextmanager
-def cluster(config: Config, say: Callable[[str], None]) -> Iterator[None]:
+def cluster(config: Config, say: Callable[[str], None], training: bool = True) -> Iterator[None]:
     """Joins the cluster this process belongs to, or starts a local Ray sized for the run and shuts it down.
 
     A cluster is joined where Ray would join one: RAY_ADDRESS, a submitted job, or `ray start` on this machine.
     """
-    needed = needed_resources(config)
+    needs = needs_of(config, training)
     if ray.is_initialized():
-        check_resources(needed)
+        check_resources(needs)
         yield
         return
     _keep_quiet()
-    joined = _start_or_join(math.ceil(needed["CPU"]))
+    joined = _start_or_join(math.ceil(needs.total["CPU"]))
     try:
-        check_resources(needed)
+        check_resources(needs)
         say(_describe(joined))
         yield
     finally:
@@ -81,21 +103,46 @@ def _keep_quiet() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
-def check_resources(needed: dict[str, float]) -> None:
+def check_resources(needs: Needs) -> None:
     """Raises InputError where the cluster, grown as far as it may, can never hold what the run needs."""
     present = ray.cluster_resources()
     limits = ray_state.get_max_resources_from_cluster_config() or {}
-    most = {name: max(present.get(name, 0.0), float(limits.get(name, 0.0))) for name in needed}
-    short = {name: amount for name, amount in needed.items() if amount > most[name]}
+    most = {name: max(present.get(name, 0.0), float(limits.get(name, 0.0))) for name in needs.total}
+    if problem := shortage(needs, most, _kinds_of_nodes()):
+        raise InputError(f"engines and train.workers: {problem}")
+
+
+def shortage(needs: Needs, most: Resources, nodes: Sequence[Resources]) -> str | None:
+    """Why a cluster that may grow to `most`, out of nodes of these kinds, cannot hold a run; None if it can."""
+    short = {name: amount for name, amount in needs.total.items() if amount > most[name]}
     if short:
         wants = ", ".join(
             f"{amount:g} {name} (the cluster has at most {most[name]:g})" for name, amount in short.items()
         )
-        raise InputError(
-            f"engines and train.workers: this run needs {wants}. "
-            "Lower engines.per_language, engines.shared, engines.cpus, train.workers or train.cpus_per_worker, "
-            "or use a larger cluster."
+        return (
+            f"this run needs {wants}. Lower engines.per_language, engines.shared, engines.cpus, train.workers or "
+            "train.cpus_per_worker, use a larger cluster, or set device=cpu where there are no GPUs."
         )
+    for _, part in needs.parts:
+        if not any(all(node.get(name, 0.0) >= amount for name, amount in part.items()) for node in nodes):
+            wants = " and ".join(f"{amount:g} {name}" for name, amount in part.items() if amount)
+            return (
+                f"an engine or a worker needs {wants} on one node, and no node has that. "
+                "Lower engines.tensor_parallel_size, engines.cpus or train.cpus_per_worker."
+            )
+    return None
+
+
+def _kinds_of_nodes() -> list[Resources]:
+    """What the nodes that are there have, and those that may be started."""
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    config = ray_state.get_cluster_config()
+    return nodes + ([dict(kind.resources) for kind in config.node_group_configs] if config else [])
+
+
+def free_resources() -> str:
+    free = ray.available_resources()
+    return f"free in the cluster: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
 
 
 def wait_until_ready(references: Sequence[ray.ObjectRef[Any]], what: str, say: Callable[[str], None]) -> list[Any]:
@@ -106,11 +153,7 @@ def wait_until_ready(references: Sequence[ray.ObjectRef[Any]], what: str, say: C
         for reference in done:
             ray.get(reference)  # an engine that failed to start stops the wait here
         if pending:
-            free = ray.available_resources()
-            say(
-                f"waiting for {what}: {len(references) - len(pending)} of {len(references)} ready; "
-                f"free in the cluster: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
-            )
+            say(f"waiting for {what}: {len(references) - len(pending)} of {len(references)} ready; {free_resources()}")
     return ray.get(list(references))
 
 

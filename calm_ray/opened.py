@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from calm_ray.config import WORLD, Config
+from calm_ray.config import Config
 from calm_ray.errors import InputError
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.rundir import RunDir
@@ -18,9 +18,9 @@ class OpenedRun:
 
     def model(self) -> BaseModel:
         """The model the run started from."""
-        if self.config.model == WORLD:
-            return BaseModel(**self.run.storage.read_json("model.json"))
-        return BaseModel(self.config.model)
+        if self.run.model is None:
+            raise InputError(f"{self.run.uri}: the run has not begun (no model.json)")
+        return self.run.model
 
     def policy(self, round_number: int | None) -> Policy:
         """The policy that a round made; 0 is the base, None the last one there is."""

@@ -66,7 +66,7 @@ class BaseModel:
         `weights=False` is for who only needs the configuration and the tokenizer.
         """
         if self.location:
-            return fetch(self.location, self.sha256, cache_folder() / "models" / self.name)
+            return fetch(self.location, self.sha256, cache_folder() / "models" / f"{self.name}-{self.sha256[:8]}")
         if self.is_folder:
             folder = Path(self.name).expanduser()
             if not folder.is_dir():
@@ -75,7 +75,14 @@ class BaseModel:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.txt", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
-        return Path(snapshot_download(self.name, allow_patterns=patterns))
+        try:
+            return Path(snapshot_download(self.name, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"model: there is no folder {self.name} here, and the hub did not give it ({reason}); "
+                "models that need a login need HF_TOKEN"
+            ) from None
 
 
 def fetch(location: str, sha256: str, folder: Path) -> Path:

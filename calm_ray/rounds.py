@@ -25,7 +25,7 @@ def align(config: Config, *, overwrite: bool = False) -> RunDir:
     say(f"run: {run.uri}")
     settings = config.model_dump(mode="json")
     run.check(settings, overwrite)
-    inputs = prepare(config)
+    inputs = prepare(config, run.model)
     with cluster(config, say):
         run.begin(settings, about(), overwrite)
         check_storage(run.storage)
@@ -34,6 +34,7 @@ def align(config: Config, *, overwrite: bool = False) -> RunDir:
         model = run.share_model(inputs.model, inputs.folder)
         spec = EngineSpec(model, config.engines, config.train.lora, config.device, config.seed)
         with EnginePool(spec, config.languages, say) as pool:
+            check_storage(run.storage)  # again, for nodes that came with the engines
             stages = Stages(config, run, model, pool)
             policy = Policy()
             stages.evaluate(0, policy)

@@ -5,7 +5,7 @@
       summary.json           one entry for each round
       metrics.jsonl          training metrics, one line a step
       questions/             the questions as they were read
-      model/                 the demo world's model, for nodes that do not have it
+      model.json, model/     the model, and the demo world's itself, for nodes that do not have it
       rounds/1/sample/       Parquet, one file for each chunk and language
       rounds/1/votes/        Parquet
       rounds/1/pairs/        Parquet
@@ -29,6 +29,11 @@ from calm_ray.policies import BaseModel
 from calm_ray.storage import Storage
 
 STAGE_FILE = "stage.json"
+PARTS = [
+    "config.json", "evaluations", "finished.json", "metrics.jsonl", "model", "model.json", "probe", "questions",
+    "rounds", "summary.json",
+]  # fmt: skip
+"""All that lies in a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,12 @@ class RunDir:
 
     def check(self, config: dict[str, Any], overwrite: bool) -> None:
         """Raises InputError where a finished run, or one with another configuration, is in the way. Writes nothing."""
-        if overwrite or not self.storage.exists("config.json"):
+        if not self.storage.exists("config.json"):
+            foreign = [name for name in self.storage.names() if name not in PARTS]
+            if foreign:
+                raise InputError(f"{self.uri} holds {foreign[0]} and is not a run; give this run another name")
+            return
+        if overwrite:
             return
         if differences := _differences(self.config, config):
             lines = "\n".join(f"  {line}" for line in differences)
@@ -101,19 +111,26 @@ class RunDir:
     def begin(self, config: dict[str, Any], about: dict[str, Any], overwrite: bool) -> None:
         """Makes the directory of a new run; one that is gone on with keeps what it holds."""
         if overwrite:
-            self.storage.delete("")
+            # First, so that what an interrupted deletion leaves is never taken for a run.
+            self.storage.delete("config.json")
         if not self.storage.exists("config.json"):
+            self.storage.delete("")
             self.storage.write_json("config.json", {"config": config, **about})
 
     def share_model(self, model: BaseModel, folder: Path) -> BaseModel:
-        """The model as every node can get it: the demo's is put into the run, once, for nodes that do not have it."""
-        if not model.sha256:
-            return model
-        if not self.storage.exists("model"):
+        """Notes the run's model, once, as every node can get it: the demo's is put into the run."""
+        if self.model is not None:
+            return self.model
+        if model.sha256:
             self.storage.upload(folder, "model")
-        shared = replace(model, location=self.storage.uri("model"))
-        self.storage.write_json("model.json", shared.__dict__)
-        return shared
+            model = replace(model, location=self.storage.uri("model"))
+        self.storage.write_json("model.json", model.__dict__)
+        return model
+
+    @property
+    def model(self) -> BaseModel | None:
+        """The model that the run started from; None before it has one."""
+        return BaseModel(**self.storage.read_json("model.json")) if self.storage.exists("model.json") else None
 
     @property
     def config(self) -> dict[str, Any]:

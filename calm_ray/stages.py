@@ -118,9 +118,10 @@ class Stages:
                     if row["too_long_pairs"]:
                         say(f"  {row['too_long_pairs']} pairs are longer than train.max_pair_tokens and were left out")
                 elif "train/loss" in row:
-                    change = row["train/chosen_change_per_token"]
-                    progress.advance(note=f"loss {row['train/loss']:.3f}, chosen {change:+.2f} nats/token")
-                    if change < -COLLAPSE_NATS and not warned:
+                    change = row.get("train/chosen_change_per_token")  # TRL does not tell
+                    chosen = f", chosen {change:+.2f} nats/token" if change is not None else ""
+                    progress.advance(note=f"loss {row['train/loss']:.3f}{chosen}")
+                    if change is not None and change < -COLLAPSE_NATS and not warned:
                         warned = True
                         say(
                             f"  warning: at step {row['step']} the chosen answers have become {-change:.1f} nats per "

@@ -27,6 +27,10 @@ class Storage:
             if not path.is_absolute():
                 raise InputError(f"storage: {root!r} is neither an absolute path nor a URI; every node must find it")
             root = str(path)
+        if "://" in root and "?" in root:
+            raise InputError(
+                f"storage: {root!r}: options after a ? are not kept; set AWS_REGION and AWS_ENDPOINT_URL instead"
+            )
         self.root = root.rstrip("/")
 
     def __getstate__(self) -> dict[str, str]:
@@ -69,8 +73,17 @@ class Storage:
         found = self.filesystem.get_file_info(selector)
         return sorted(info.base_name for info in found if info.is_file and ".tmp-" not in info.base_name)
 
+    def names(self) -> list[str]:
+        """Names of all files and folders directly under the root, sorted."""
+        found = self.filesystem.get_file_info(fs.FileSelector(self.path(), allow_not_found=True))
+        return sorted(info.base_name for info in found)
+
     def delete(self, relative: str) -> None:
-        if self.exists(relative):
+        """Deletes a file, or a folder with all that is in it."""
+        kind = self.filesystem.get_file_info(self.path(relative)).type
+        if kind == fs.FileType.File:
+            self.filesystem.delete_file(self.path(relative))
+        elif kind == fs.FileType.Directory:
             self.filesystem.delete_dir(self.path(relative))
 
     def write(self, relative: str, data: bytes | pa.Buffer) -> None:
@@ -122,9 +135,10 @@ class Storage:
         """Copies the files directly in `relative` to a local folder, which is there whole or not at all."""
         temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
         temporary.mkdir(parents=True)
+        prefix = f"{relative}/" if relative else ""  # object stores know no empty names
         for name in self.files(relative):
             with (
-                self.filesystem.open_input_stream(self.path(f"{relative}/{name}")) as source,
+                self.filesystem.open_input_stream(self.path(f"{prefix}{name}")) as source,
                 open(temporary / name, "wb") as target,
             ):
                 shutil.copyfileobj(source, target, 16 << 20)

@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 
 from calm_ray.cluster import cluster
+from calm_ray.errors import InputError
+from calm_ray.inputs import check_lengths
 from calm_ray.opened import open_run
 from calm_ray.progress import console, say
 from calm_ray.questions.reader import read_questions, write_chunks
@@ -26,14 +28,17 @@ def evaluate_again(location: str, questions: str | None, round_number: int | Non
     policy, model = opened.policy(round_number), opened.model()
     if questions is None:
         asked, label = run.questions("evaluate"), "held-out"
+        if not asked.chunks():
+            raise InputError(f"{run.uri} has no held-out questions; name a file of them with --questions")
     else:
         rows = read_questions(questions, config.languages, needs_gold=True)
+        check_lengths(model.local_folder(weights=False), rows, config)
         label = f"{Path(questions).stem}-{hashlib.sha256(Path(questions).expanduser().read_bytes()).hexdigest()[:8]}"
         asked = Stage(run.storage.under(f"evaluations/{label}/questions"))
         write_chunks(rows, asked, config.sampling.prompts_per_chunk)
     output = Stage(run.storage.under(f"evaluations/{label}/{policy.name}"))
     if not output.is_finished:
-        with cluster(config, say):
+        with cluster(config, say, training=False):
             spec = EngineSpec(model, config.engines, config.train.lora, config.device, config.seed)
             with EnginePool(spec, config.languages, say) as pool:
                 Stages(config, run, model, pool).ask(f"evaluate {policy.name}", policy, asked, output)

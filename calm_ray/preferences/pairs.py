@@ -141,4 +141,5 @@ def _chosen_tokens(draft: Draft, text: str, tokenizer: PreTrainedTokenizerBase) 
     if not draft.is_carried:
         return draft.winner["token_ids"]
     tokens = list(tokenizer.encode(text, add_special_tokens=False))
-    return [*tokens, tokenizer.eos_token_id] if draft.winner["finish_reason"] == "stop" else tokens
+    # The token the model itself stopped with: chat models often end a turn with another one than the tokenizer's EOS.
+    return [*tokens, draft.winner["token_ids"][-1]] if draft.winner["finish_reason"] == "stop" else tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -59,7 +60,8 @@ class EnginePool:
 
     def load(self, policy: Policy) -> None:
         """Every engine takes this policy before it gets more work."""
-        ray.get([engine.load.remote(policy) for engine in self._engines])
+        with _lost_engines_named():
+            ray.get([engine.load.remote(policy) for engine in self._engines])
 
     def run(self, method: str, tasks: Sequence[ChunkTask], **how: Any) -> Iterator[tuple[ChunkTask, dict[str, int]]]:
         """Spreads tasks over the engines; yields each with the engine's counts as it finishes."""
@@ -79,7 +81,8 @@ class EnginePool:
         while running:
             (reference,), _ = ray.wait(list(running), num_returns=1)
             number, task = running.pop(reference)
-            counts = ray.get(reference)
+            with _lost_engines_named():
+                counts = ray.get(reference)
             hand_out(number)
             yield task, counts
 
@@ -99,6 +102,14 @@ class EnginePool:
         for group in self._groups:
             remove_placement_group(group)
         self._engines, self._groups = [], []
+
+
+@contextmanager
+def _lost_engines_named() -> Iterator[None]:
+    try:
+        yield
+    except RayError as error:
+        raise CalmRayError(f"an engine failed: {error}\nWhat was done is kept; the same command goes on.") from error
 
 
 def next_task(queues: dict[str, deque[ChunkTask]], home: str | None) -> ChunkTask | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_slices
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl.trainer import add_fused_lm_head, disable_dropout_in_model
@@ -50,10 +50,10 @@ class PolicyModel:
         self._lora = train.lora
         self._varlen = train.attention in (attention.VARLEN, "flash_attention_2")
         dtype = getattr(torch, train.dtype) if train.lora is not None else torch.float32
-        base = _empty_model(folder, train, dtype)
+        base = empty_model(folder, train, dtype)
         add_fused_lm_head(base)
         disable_dropout_in_model(base)
-        layers = _decoder_layers(base)
+        layers = decoder_layers(base)
         self.model: nn.Module = base if train.lora is None else get_peft_model(base, lora_config(train.lora, folder))
         mixed = MixedPrecisionPolicy()
         if train.lora is None and train.dtype == "bfloat16":
@@ -66,6 +66,7 @@ class PolicyModel:
 
     def load(self, policy: Policy, seed: int) -> None:
         """Takes the weights of a policy. `base` with LoRA is the model with a fresh adapter, drawn from `seed`."""
+        self._reshard()
         weights = policy.local_folder() if policy.kind == "weights" else self._folder
         if self._lora is None or self._loaded != weights:
             _load_weights(self._frozen_or_all(), weights)
@@ -101,10 +102,12 @@ class PolicyModel:
             yield
 
     def trainable(self) -> list[nn.Parameter]:
+        self._reshard()
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def save(self, folder: Path) -> None:
         """Writes the adapter in PEFT's format, or all weights in Hugging Face's. Every worker must call this."""
+        self._reshard()
         is_writer = dist.get_rank() == 0
         if self._lora is not None:
             state = {name: _gather(parameter).cpu() for name, parameter in self.adapter_parameters()}
@@ -119,6 +122,14 @@ class PolicyModel:
     def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The adapter's parameters by the names that PEFT gives them in files."""
         return [(name.replace(".default.", "."), p) for name, p in self.model.named_parameters() if ".lora_" in name]
+
+    def _reshard(self) -> None:
+        """Puts the sharded parameters back in place: after a forward, FSDP leaves the root's own ones gathered.
+
+        What is written into gathered parameters is lost, and an optimiser that is given them trains nothing.
+        """
+        assert isinstance(self.model, FSDPModule)
+        self.model.reshard()
 
     def _frozen_or_all(self) -> dict[str, Tensor]:
         """The weights that the model's own files hold, by their names there."""
@@ -137,7 +148,8 @@ def build_mesh(device_type: str, shards: int | None) -> DeviceMesh:
     return init_device_mesh(device_type, (world // shards, shards), mesh_dim_names=("copy", "shard"))
 
 
-def _empty_model(folder: Path, train: Train, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(folder: Path, train: Train, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder without storage for its weights; buffers, which are computed, are there."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=train.attention)
@@ -148,7 +160,8 @@ def _empty_model(folder: Path, train: Train, dtype: torch.dtype) -> PreTrainedMo
     return model
 
 
-def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that are sharded one by one; InputError where the model does not say what they are."""
     kinds = set(model._no_split_modules or [])
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
     if not layers:
@@ -178,16 +191,21 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 def _load_weights(state: dict[str, Tensor], folder: Path) -> None:
     """Reads this worker's slices of the weights from the safetensors files of a folder."""
+    require_weights(state.keys(), folder)
+    load_slices(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def require_weights(names: Set[str], folder: Path) -> None:
+    """Raises InputError unless a folder's safetensors files hold weights of these names."""
     present: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             present.update(tensors.keys())
-    if missing := sorted(state.keys() - present):
+    if missing := sorted(names - present):
         raise InputError(
-            f"{folder}: its safetensors files lack {len(missing)} weights of the model, {missing[0]} for one; "
-            "train.engine: trl loads models whose files name their weights in other ways"
+            f"model: the safetensors files in {folder} lack {len(missing)} weights, {missing[0]} for one; where they "
+            "only have other names, load the model with transformers and save it again"
         )
-    load_slices(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def _read_adapter(folder: Path) -> dict[str, Tensor]:

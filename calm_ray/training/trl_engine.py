@@ -38,7 +38,7 @@ class PairTrainer(DPOTrainer):
 
 def train_with_trl(job: TrainJob, device: torch.device, report: Report) -> Policy:
     """Trains one round with TRL; writes the same things as `train_policy`. Called by every worker."""
-    training, validation, _ = read_examples(job)
+    training, validation, too_long = read_examples(job)
     margins = _reference_margins(job, device, training + validation)
     metrics: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -48,7 +48,7 @@ def train_with_trl(job: TrainJob, device: torch.device, report: Report) -> Polic
             train_dataset=_dataset(training, margins),
             eval_dataset=_dataset(validation, margins) if validation else None,
             processing_class=AutoTokenizer.from_pretrained(job.model.local_folder(), trust_remote_code=False),
-            callbacks=[_Metrics(job.round_number, metrics, report)],
+            callbacks=[_Metrics(job.round_number, too_long, metrics, report)],
         )
         trainer.train()
         trainer.save_model(scratch)
@@ -130,11 +130,17 @@ def _dataset(examples: list[Example], margins: dict[tuple[str, int], Margin]) ->
 class _Metrics(TrainerCallback):
     """Passes TRL's log lines on as metrics rows."""
 
-    def __init__(self, round_number: int, rows: list[dict[str, Any]], report: Callable[[dict[str, Any]], None]) -> None:
-        self._round, self._rows, self._report = round_number, rows, report
+    def __init__(
+        self,
+        round_number: int,
+        too_long: int,
+        rows: list[dict[str, Any]],
+        report: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._round, self._too_long, self._rows, self._report = round_number, too_long, rows, report
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._note(state, {"steps": state.max_steps})
+        self._note(state, {"steps": state.max_steps, "too_long_pairs": self._too_long})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         names = {"loss": "train/loss", "eval_loss": "validation/loss", "learning_rate": "learning_rate"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from calm_ray.cluster import WAIT_SECONDS, free_resources
 from calm_ray.errors import CalmRayError
 from calm_ray.policies import Policy
+from calm_ray.progress import say
 from calm_ray.training.loop import TrainJob
 
 
@@ -39,7 +42,7 @@ def train_round(job: TrainJob, device: str, report: Callable[[dict[str, Any]], N
     resources = {"CPU": job.train.cpus_per_worker} | ({"GPU": 1.0} if device == "gpu" else {})
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job, "queue": queue},
+        train_loop_config={"job": job, "queue": queue, "device": device},
         scaling_config=ScalingConfig(
             num_workers=job.train.workers, use_gpu=device == "gpu", resources_per_worker=resources
         ),
@@ -65,10 +68,15 @@ def _fit(trainer: TorchTrainer, queue: Any, report: Callable[[dict[str, Any]], N
 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
+    has_begun, said = False, time.monotonic()
     while thread.is_alive():
         thread.join(timeout=1.0)
         for row in ray.get(queue.take.remote()):
+            has_begun = True
             report(row)
+        if not has_begun and time.monotonic() - said > WAIT_SECONDS:
+            said = time.monotonic()
+            say(f"waiting for the training workers to begin; {free_resources()}")
     ray.kill(queue)
     if errors:
         raise CalmRayError(f"training failed: {errors[0]}") from errors[0]
@@ -83,7 +91,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
     job, queue = config["job"], config["queue"]
     context = ray.train.get_context()
-    if torch.cuda.is_available():
+    # By the recipe, not by what is there: Ray shows all GPUs to workers that have none.
+    if config["device"] == "gpu":
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         device = torch.device("cpu")

@@ -47,9 +47,9 @@ def test_a_folder_that_holds_no_model(refused: Callable[..., str], tmp_path: Pat
 
 
 def test_a_tokenizer_without_the_letters(refused: Callable[..., str], tmp_path: Path) -> None:
-    folder = write_tiny_model(tmp_path / "model", word_tokenizer(["Answer:", "A", "B", "C"]))
+    folder = write_tiny_model(tmp_path / "model", word_tokenizer(["Answer:", "B", "C"]))
     message = refused(model=str(folder))
-    assert "cannot write the answer letters D" in message
+    assert "cannot write the answer letters A, D" in message
     assert str(folder) in message
 
 
@@ -83,6 +83,26 @@ def test_more_engines_than_the_cluster_can_ever_place(refused: Callable[..., str
     message = refused("engines.shared=40")
     assert "CPU (the cluster has at most 8)" in message
     assert "engines.shared" in message
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused(model="nobody/nothing")
+    assert "there is no folder nobody/nothing here" in message
+    assert "HF_TOKEN" in message
+
+
+def test_training_settings_are_tried_before_anything_is_sampled(refused: Callable[..., str]) -> None:
+    assert "not_a_module" in refused("train.lora.targets=[not_a_module]")
+    assert "beta_typo" in refused("train.engine=trl", "train.trl.beta_typo=1")
+
+
+def test_a_device_that_vllm_was_not_installed_for(refused: Callable[..., str]) -> None:
+    message = refused("device=gpu")
+    assert "device=cpu" in message
+    assert "make install CUDA=1" in message
 
 
 def test_a_question_that_does_not_fit_into_the_engines(refused: Callable[..., str]) -> None:

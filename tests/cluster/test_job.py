@@ -225,10 +225,11 @@ def test_a_job_is_submitted_to_a_cluster_and_fails_when_it_fails(
             time.sleep(2)
         assert bad.returncode != 0
         assert "FAILED" in bad.stdout.upper() + bad.stderr.upper()
-        recipe = make_recipe(name="submitted", storage=str(storage))
+        recipe = make_recipe(name="submitted", storage=str(storage), train={"engine": "trl"})
         good = submit(address, environment, str(recipe))
         assert good.returncode == 0, good.stdout + good.stderr
         assert "joined a cluster" in good.stdout
     run = RunDir(str(storage), "submitted")
     assert run.storage.exists("finished.json")
     assert f"run: {run.uri}" in good.stdout
+    assert any(name.startswith("trl/") for row in metrics(run) for name in row)

@@ -36,6 +36,7 @@ def test_overrides_are_typed() -> None:
         ("engines.args.trust_remote_code=true", "engines.args may not set trust_remote_code"),
         ("train.lora=null", "engines.refresh"),
         ("name=../elsewhere", "name:"),
+        ("train={engine: trl, workers: 3, batch_pairs: 8}", "train.batch_pairs: with train.engine: trl"),
         ("train.shards=3", "train.shards: must divide train.workers"),
         ("rounds.more=1", "rounds is a value, not a section"),
         ("rounds", "an override looks like section.key=value"),

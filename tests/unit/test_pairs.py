@@ -82,6 +82,11 @@ def test_finished_pairs_end_as_their_originals_ended() -> None:
     assert stopped["chosen_token_ids"][-1] == tokenizer.eos_token_id
     assert cut["chosen_token_ids"][-1] != tokenizer.eos_token_id
     assert stopped["rejected_token_ids"] == [12, 1]  # as sampled, not tokenised again
+    turn_end = 7  # a chat model's own, which is not the tokenizer's EOS
+    drafts[0].winner["token_ids"][-1] = drafts[1].winner["token_ids"][-1] = turn_end
+    again = finish_pairs(drafts, texts, questions, tokenizer, instruction=False, round_number=3)
+    assert turn_end in {pair["chosen_token_ids"][-1] for pair in again}
+    assert tokenizer.eos_token_id not in {pair["chosen_token_ids"][-1] for pair in again}
     assert sorted(pair["pair"] for pair in pairs) == [0, 1]
     assert {(p["language"], p["chosen_language"], p["round"]) for p in pairs} == {("fr", "en", 3)}
     assert stopped["prompt"].startswith("Question q1?\nA. fr choice 0")

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from calm_ray.errors import CalmRayError, InputError
-from calm_ray.policies import Policy, fetch, publish, require_safetensors
+from calm_ray.policies import BaseModel, Policy, fetch, publish, require_safetensors
 from calm_ray.rundir import RunDir
 from calm_ray.storage import Storage, hash_folder
 
@@ -47,6 +47,42 @@ def test_a_finished_run_is_refused_and_overwritten_only_when_told(tmp_path: Path
     assert run.stage(1, "sample").is_finished  # checking deletes nothing
     run.begin(CONFIG, {}, overwrite=True)
     assert not run.stage(1, "sample").is_finished
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"holds thesis\.tex and is not a run"):
+            RunDir(str(tmp_path), "run").check(CONFIG, overwrite=overwrite)
+
+
+def test_what_an_interrupted_overwrite_left_is_never_gone_on_with(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.stage(1, "sample").finish({})
+    run.storage.delete("config.json")  # the first thing that an overwrite deletes
+    assert not started(tmp_path).stage(1, "sample").is_finished
+
+
+def test_a_run_keeps_the_model_it_started_from(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    assert run.model is None
+    first = run.share_model(BaseModel("world-0", sha256="abc"), adapter(tmp_path / "model"))
+    assert run.model == first
+    assert first.location == run.storage.uri("model")
+    assert run.storage.names() == ["config.json", "model", "model.json"]
+    # Pretrained anew elsewhere, it may have come out otherwise.
+    assert run.share_model(BaseModel("world-0", sha256="def"), adapter(tmp_path / "other")) == first
+
+
+def test_object_stores_are_given_no_empty_names(tmp_path: Path) -> None:
+    storage = Storage("mock:///bucket/policy")
+    storage.filesystem.create_dir(storage.path())
+    storage.write("adapter_config.json", b"{}")
+    storage.download("", tmp_path / "copy")
+    assert (tmp_path / "copy" / "adapter_config.json").read_bytes() == b"{}"
+    with pytest.raises(InputError, match="AWS_ENDPOINT_URL"):
+        Storage("s3://bucket/runs?region=eu-west-1")
 
 
 def test_chunks_are_written_whole(tmp_path: Path) -> None:

@@ -180,6 +180,31 @@ def test_the_reference_of_full_fine_tuning_is_loaded_not_assumed(
     assert abs(loss - 0.6931) > 1e-3
 
 
+def test_full_fine_tuning_moves_every_weight_from_where_the_round_starts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Margins come first, from other weights: neither they nor FSDP's gathered copies may be what is trained."""
+    monkeypatch.setenv("CALM_RAY_CACHE", str(tmp_path / "cache"))
+    rows, full = examples(), settings(lora=None, learning_rate=1e-6, epochs=1, batch_pairs=2)
+    model = loaded(folder, full)
+    train_a_little(model, rows)
+    start = published(model, tmp_path / "start", "weights")
+    model = PolicyModel(folder, full, CPU)
+    trainer = trainer_of(model, folder, tmp_path, full)
+    trainer.margins = trainer.reference_margins(rows)
+    model.load(start, 0)
+    trainer.fit(rows, [], 0)
+    model.save(tmp_path / "trained")
+    before, after = load_weights(tmp_path / "start"), load_weights(tmp_path / "trained")
+    for name, weights in before.items():
+        moved = float((after[name] - weights).abs().max())
+        assert 0 < moved < 1e-4, f"{name} moved by {moved}"
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def trls_trainer(folder: Path, rows: list[Example], beta: float, output: Path) -> DPOTrainer:
     """TRL's trainer on the same pairs as text, with a new adapter; its reference is the adapter switched off."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
