@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from calm_ray.cluster import WAIT_SECONDS, free_resources
@@ -58,28 +61,45 @@ def train_round(job: TrainJob, device: str, report: Callable[[dict[str, Any]], N
 
 
 def _fit(trainer: TorchTrainer, queue: Any, report: Callable[[dict[str, Any]], None]) -> None:
-    errors: list[BaseException] = []
-
-    def fit() -> None:
-        try:
+    done = threading.Event()
+    reporter = threading.Thread(target=_report_until, args=(done, queue, report), daemon=True)
+    reporter.start()
+    try:
+        with _interruptible():
             trainer.fit()
-        except BaseException as error:
-            errors.append(error)
+    except (TrainingFailedError, RayError) as error:
+        raise CalmRayError(f"training failed: {error}") from error
+    finally:
+        done.set()
+        reporter.join()
+        ray.kill(queue)
 
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
+
+def _report_until(done: threading.Event, queue: Any, report: Callable[[dict[str, Any]], None]) -> None:
+    """Passes metrics on, once a second and once more at the end; says so where training has to wait to begin."""
     has_begun, said = False, time.monotonic()
-    while thread.is_alive():
-        thread.join(timeout=1.0)
+    is_last = False
+    while not is_last:
+        is_last = done.wait(timeout=1.0)
         for row in ray.get(queue.take.remote()):
             has_begun = True
             report(row)
         if not has_begun and time.monotonic() - said > WAIT_SECONDS:
             said = time.monotonic()
             say(f"waiting for the training workers to begin; {free_resources()}")
-    ray.kill(queue)
-    if errors:
-        raise CalmRayError(f"training failed: {errors[0]}") from errors[0]
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C stays Ctrl-C: Ray Train ends the workers in its own handler, which it leaves behind, and exits with 0."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def train_worker(config: dict[str, Any]) -> None:
