@@ -72,6 +72,7 @@ def test_two_workers_train_as_one(model: Path, pairs: Stage, tmp_path: Path) -> 
     first, second, third = curve(one_metrics), curve(two_metrics), curve(copies_metrics)
     assert first[0] == pytest.approx(0.6931472, abs=1e-4)
     assert first[-1] < 0.68
+    print(f"1 and 2 workers differ by {max(abs(a - b) for a, b in zip(first, second, strict=True)):.1e}")
     assert second == pytest.approx(first, abs=1e-4)
     assert third == pytest.approx(first, abs=1e-4)
     validation = [[row["validation/loss"] for row in m if "validation/loss" in row] for m in (one_metrics, two_metrics)]
