@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from calm_ray.languages import LANGUAGES
 from calm_ray.policies import cache_folder, node_lock
@@ -162,6 +163,7 @@ def _fingerprint(world: World) -> str:
 
 def pretrain(world: World, folder: Path, curriculum: Curriculum = CURRICULUM) -> None:
     """Pretrains the world's model on all of this machine's cores and writes it with its tokenizer."""
+    disable_progress_bar()  # transformers' own, for a file that is written in an instant
     tokenizer = build_tokenizer(world)
     reader = Reader(world, tokenizer)
     with torch.random.fork_rng(devices=[]):
