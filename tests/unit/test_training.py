@@ -160,21 +160,27 @@ def test_all_weights_are_saved_and_come_back(folder: Path, tmp_path: Path, monke
     assert torch.allclose(loaded(folder, full, policy).logps(pack(rows, False)), trained, atol=1e-5)
 
 
+def begun_from_other_weights(folder: Path, tmp_path: Path, full: Train, rows: list[Example]) -> Trainer:
+    """A trainer as round two has it: margins from the base model, then the weights in tmp_path / "start"."""
+    model = loaded(folder, full)
+    train_a_little(model, rows)
+    start = published(model, tmp_path / "start", "weights")
+    model = PolicyModel(folder, full, CPU)
+    trainer = trainer_of(model, folder, tmp_path, full)
+    trainer.margins = trainer.reference_margins(rows)
+    model.load(start, 0)
+    return trainer
+
+
 def test_the_reference_of_full_fine_tuning_is_loaded_not_assumed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Round two starts from other weights than its reference: step one is not ln 2, but what the margins say."""
     monkeypatch.setenv("CALM_RAY_CACHE", str(tmp_path / "cache"))
     rows, full = examples(), settings(lora=None)
-    model = loaded(folder, full)
-    train_a_little(model, rows)
-    start = published(model, tmp_path / "weights", "weights")
-    model = PolicyModel(folder, full, CPU)
-    trainer = trainer_of(model, folder, tmp_path, full)
-    trainer.margins = trainer.reference_margins(rows)
-    model.load(start, 0)
+    trainer = begun_from_other_weights(folder, tmp_path, full, rows)
     loss = means(trainer.forward_backward(rows), "train")["train/loss"]
-    policy, reference = by_hand(tmp_path / "weights", rows), by_hand(folder, rows)
+    policy, reference = by_hand(tmp_path / "start", rows), by_hand(folder, rows)
     margins = (policy[0::2] - policy[1::2]) - (reference[0::2] - reference[1::2])
     assert loss == pytest.approx(float(-torch.nn.functional.logsigmoid(0.1 * margins).mean()), rel=1e-4)
     assert abs(loss - 0.6931) > 1e-3
@@ -186,15 +192,9 @@ def test_full_fine_tuning_moves_every_weight_from_where_the_round_starts(
     """Margins come first, from other weights: neither they nor FSDP's gathered copies may be what is trained."""
     monkeypatch.setenv("CALM_RAY_CACHE", str(tmp_path / "cache"))
     rows, full = examples(), settings(lora=None, learning_rate=1e-6, epochs=1, batch_pairs=2)
-    model = loaded(folder, full)
-    train_a_little(model, rows)
-    start = published(model, tmp_path / "start", "weights")
-    model = PolicyModel(folder, full, CPU)
-    trainer = trainer_of(model, folder, tmp_path, full)
-    trainer.margins = trainer.reference_margins(rows)
-    model.load(start, 0)
+    trainer = begun_from_other_weights(folder, tmp_path, full, rows)
     trainer.fit(rows, [], 0)
-    model.save(tmp_path / "trained")
+    trainer.policy_model.save(tmp_path / "trained")
     before, after = load_weights(tmp_path / "start"), load_weights(tmp_path / "trained")
     for name, weights in before.items():
         moved = float((after[name] - weights).abs().max())
