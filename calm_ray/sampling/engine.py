@@ -148,7 +148,8 @@ def _engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
         "disable_log_stats": True,
     }
     if spec.device == "cpu":
-        args["enforce_eager"] = True
+        # vLLM 0.32 rewinds a seeded request's generator where a prompt is prefilled in parts; on CPUs that is an error.
+        args |= {"enforce_eager": True, "enable_chunked_prefill": False}
     if spec.engines.tensor_parallel_size > 1:
         args["distributed_executor_backend"] = "ray"  # into the placement group that this actor sits in
     if spec.lora is not None and spec.engines.refresh == "adapter":

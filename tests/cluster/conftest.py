@@ -64,7 +64,8 @@ def make_recipe(
             "sampling": {"max_new_tokens": 40, "instruction": False, "prompts_per_chunk": 8},
             "engines": {
                 "shared": 1, "cpus": 0.5, "dtype": "float32", "refresh": "merged",
-                "args": {"max_num_seqs": 64},
+                # Less than a chunk's prompts take together, so that they must be prefilled in turns.
+                "args": {"max_num_seqs": 64, "max_num_batched_tokens": 256},
             },
             "train": {
                 "learning_rate": 1e-3, "epochs": 1, "dtype": "float32", "workers": 2, "cpus_per_worker": 0.5,
