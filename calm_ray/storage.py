@@ -69,14 +69,16 @@ class Storage:
 
     def files(self, relative: str = "") -> list[str]:
         """Names of the files directly in a folder, sorted; none where there is no such folder."""
-        selector = fs.FileSelector(self.path(relative), allow_not_found=True)
-        found = self.filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in found if info.is_file and ".tmp-" not in info.base_name)
+        return sorted(info.base_name for info in self._children(relative) if info.is_file)
 
     def names(self) -> list[str]:
         """Names of all files and folders directly under the root, sorted."""
-        found = self.filesystem.get_file_info(fs.FileSelector(self.path(), allow_not_found=True))
-        return sorted(info.base_name for info in found)
+        return sorted(info.base_name for info in self._children(""))
+
+    def _children(self, relative: str) -> list[fs.FileInfo]:
+        """What lies directly in a folder, but for files that were never written to their end."""
+        found = self.filesystem.get_file_info(fs.FileSelector(self.path(relative), allow_not_found=True))
+        return [info for info in found if ".tmp-" not in info.base_name]
 
     def delete(self, relative: str) -> None:
         """Deletes a file, or a folder with all that is in it."""

@@ -37,6 +37,7 @@ def test_overrides_are_typed() -> None:
         ("train.lora=null", "engines.refresh"),
         ("name=../elsewhere", "name:"),
         ("train={engine: trl, workers: 3, batch_pairs: 8}", "train.batch_pairs: with train.engine: trl"),
+        ("train={engine: trl, trl: {per_device_train_batch_size: 0}}", "train.batch_pairs: with train.engine: trl"),
         ("train.shards=3", "train.shards: must divide train.workers"),
         ("rounds.more=1", "rounds is a value, not a section"),
         ("rounds", "an override looks like section.key=value"),

@@ -60,6 +60,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_what_an_interrupted_overwrite_left_is_never_gone_on_with(tmp_path: Path) -> None:
     run = started(tmp_path)
     run.stage(1, "sample").finish({})
+    (tmp_path / "run" / "config.json.tmp-12345678").write_text("{")  # killed while writing it
     run.storage.delete("config.json")  # the first thing that an overwrite deletes
     assert not started(tmp_path).stage(1, "sample").is_finished
 
