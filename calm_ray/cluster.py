@@ -51,8 +51,8 @@ def needs_of(config: Config, training: bool = True) -> Needs:
     parts = [(len(engines.homes(config.languages)), engine)]
     if training:
         worker = {"CPU": config.train.cpus_per_worker, "GPU": float(gpus)}
-        parts += [(config.train.workers, worker)]
-        spare = DATA_CPUS - config.train.workers * config.train.cpus_per_worker
+        parts += [(config.train.most_workers, worker)]
+        spare = DATA_CPUS - config.train.most_workers * config.train.cpus_per_worker
         parts += [(1, {"CPU": spare})] if spare > 0 else []
     return Needs(parts)
 

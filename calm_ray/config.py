@@ -66,6 +66,8 @@ class Config(Section):
     questions: Questions = Questions()
     sampling: Sampling = Sampling()
     engines: Engines
+    placement: Literal["split", "colocate"] = "split"
+    """Engines and training workers have GPUs of their own, or share them: the engines then sleep while training runs."""
     candidates: Candidates | None = None
     """With this section a policy is evaluated by the candidate that it finds likeliest, and RankC can be measured."""
     preferences: Preferences = Preferences()
@@ -96,8 +98,7 @@ class Config(Section):
             raise ValueError("engines.refresh: full fine-tuning (train.lora: null) has no adapter; set it to merged")
         if self.questions.split and self.questions.evaluate:
             raise ValueError("questions.split: holds out a part of align; leave out questions.evaluate, or split")
-        if self.train.shards and self.train.workers % self.train.shards:
-            raise ValueError("train.shards: must divide train.workers")
+        self._check_workers()
         if self.train.engine == "trl" and self.objective != "dpo":
             raise ValueError(f"train.engine: trl trains on pairs; use fsdp for method: {self.method}")
         if (self.preferences.winner == "gold") != self.method.endswith("_gold"):
@@ -111,6 +112,18 @@ class Config(Section):
         self._check_gamma()
         self._check_trl_batch()
         return self
+
+    def _check_workers(self) -> None:
+        train = self.train
+        if train.is_elastic:
+            if train.least_workers > train.most_workers:
+                raise ValueError("train.workers: [least, most], in this order")
+            if train.lora is None or train.engine == "trl":
+                raise ValueError("train.workers: [least, most] is for LoRA with train.engine: fsdp; name one number")
+            if train.shards:
+                raise ValueError("train.shards: needs one number of train.workers, not [least, most]")
+        if train.shards and train.most_workers % train.shards:
+            raise ValueError("train.shards: must divide train.workers")
 
     def _check_world(self) -> None:
         if self.model == WORLD:
@@ -184,10 +197,10 @@ class Config(Section):
         train = self.train
         if train.engine != "trl":
             return
-        each = train.trl.get("per_device_train_batch_size", max(1, train.batch_pairs // train.workers))
-        if not isinstance(each, int) or each < 1 or train.batch_pairs % (each * train.workers):
+        each = train.trl.get("per_device_train_batch_size", max(1, train.batch_pairs // train.most_workers))
+        if not isinstance(each, int) or each < 1 or train.batch_pairs % (each * train.most_workers):
             raise ValueError(
-                f"train.batch_pairs: with train.engine: trl it must be a multiple of {train.workers} workers "
+                f"train.batch_pairs: with train.engine: trl it must be a multiple of {train.most_workers} workers "
                 f"with {each} pairs each (train.trl.per_device_train_batch_size)"
             )
 

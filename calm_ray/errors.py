@@ -13,3 +13,9 @@ class InputError(CalmRayError):
     """Something the user gave is wrong; the message names the field, or the file and row, and what to do."""
 
     exit_code = 2
+
+
+class ResourceError(CalmRayError):
+    """The cluster cannot hold what is asked of it; the message says what is short and what would fit."""
+
+    exit_code = 3

@@ -13,6 +13,7 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Budget = Annotated[int, Field(ge=0)]
 
 
 def unknown_name(name: str, known: list[str]) -> str:
@@ -100,6 +101,18 @@ class Engines(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     refresh: Literal["adapter", "merged"] = "adapter"
     """How a running engine takes a new policy: as a LoRA adapter, or as merged weights."""
+    process: Literal["actor", "child"] = "actor"
+    """Where vLLM's core runs: in the Ray actor's own process, or in a child of it, as vLLM has it by default."""
+    min_engines: Count = 1
+    """The run stops where fewer are left that work, start, or wait to be started."""
+    silent_seconds: Positive = 300
+    """An engine at work that shows no sign of life for so long is ended and started anew."""
+    chunk_seconds: Positive = 3600
+    """The same where a chunk takes longer than this."""
+    max_restarts: Budget = 5
+    """How often an engine may die without finishing a chunk in between before it is given up."""
+    max_bad_prompts: Budget = 10
+    """Prompts that end every engine they are given to are left out, and listed; with more of them the run stops."""
     args: dict[str, Any] = {}
     """Further arguments of `vllm.LLM`, passed on as they are."""
 
@@ -269,7 +282,13 @@ class Train(Section):
     """null trains all weights."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the frozen weights and the computation; what is trained is kept in float32."""
-    workers: Count = 1
+    workers: Count | tuple[Count, Count] = 1
+    """Ray Train's workers. [least, most]: as many as there are places for, more and fewer as machines come and go
+    (LoRA). Places are the cluster's resource `calm_ray_train`."""
+    max_failures: Budget = 3
+    """How often lost workers are started anew in one round; machines that are taken back do not count."""
+    checkpoint_steps: Count = 100
+    """Steps between two checkpoints; there is one at the end of every epoch, too."""
     cpus_per_worker: NonNegative = 1.0
     pack_tokens: Count = 4096
     """Tokens of one packed forward pass on one worker: bounds memory, never changes the result."""
@@ -281,3 +300,15 @@ class Train(Section):
     """Workers that share one copy of the model (hybrid sharding: workers / shards copies); null for all of them."""
     trl: dict[str, Any] = {}
     """Further arguments of TRL's DPOConfig, for `engine: trl`: loss_type, for instance."""
+
+    @property
+    def least_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        return not isinstance(self.workers, int)

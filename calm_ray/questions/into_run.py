@@ -81,7 +81,7 @@ def _translator(config: Config, model: BaseModel, pool: EnginePool) -> QuestionT
         return ModelQuestionTranslator(lambda messages: pool.write(messages, most), identity)
     # It takes the places of the training workers, which are not at work yet.
     train, gpus = config.train, 1.0 if config.device == "gpu" else 0.0
-    return Seq2SeqTranslator(BaseModel(str(config.questions.translate)), train.workers, train.cpus_per_worker, gpus)
+    return Seq2SeqTranslator(BaseModel(str(config.questions.translate)), train.most_workers, train.cpus_per_worker, gpus)
 
 
 def _is_flawed(question: Question, check: Callable[[Question], None]) -> bool:

@@ -47,7 +47,7 @@ def train_round(job: TrainJob, device: str, report: Callable[[dict[str, Any]], N
         train_worker,
         train_loop_config={"job": job, "queue": queue, "device": device},
         scaling_config=ScalingConfig(
-            num_workers=job.train.workers, use_gpu=device == "gpu", resources_per_worker=resources
+            num_workers=job.train.most_workers, use_gpu=device == "gpu", resources_per_worker=resources
         ),
         run_config=RunConfig(
             name="ray_train",
