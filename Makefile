@@ -9,12 +9,13 @@ PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-de
 # The default index has no torch for CPUs. Where pip is not set up to find one, it comes from here.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install demo test lint clean-venv
+.PHONY: help install demo test chaos lint clean-venv
 
 help:
 	@echo 'make install      install into $(VENV): for CPUs, or with CUDA=1 for NVIDIA GPUs'
 	@echo 'make demo         run the demo; ARGS="rounds=1" goes to jobs/calm.py'
 	@echo 'make test         run the tests; ARGS="-k name" goes to pytest'
+	@echo 'make chaos        kill, freeze, tear and fill up what a run needs; MOMENTS=5 for the full sweep'
 	@echo 'make lint         run ruff and mypy'
 	@echo 'make clean-venv   remove $(VENV)'
 
@@ -25,6 +26,9 @@ demo: install
 
 test: install
 	@$(VENV)/bin/python -m pytest $(ARGS)
+
+chaos: install
+	@MOMENTS=$(or $(MOMENTS),1) $(VENV)/bin/python -m pytest tests/chaos -m 'chaos or not chaos' $(ARGS)
 
 lint: install
 	@$(VENV)/bin/ruff check .

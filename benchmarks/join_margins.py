@@ -33,8 +33,8 @@ from calm_ray.evaluation.scores import read_scored
 from calm_ray.preferences.candidate_pairs import CandidatePairs
 from calm_ray.ray_data import over_chunks
 from calm_ray.rows import Pair, Scored, rows_of, schema, table
-from calm_ray.rundir import Stage
 from calm_ray.sections import Dco
+from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 
 LANGUAGES = ["en", "ar", "de", "es", "fr", "hi", "id", "it", "ja", "ko", "pt", "zh"]

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.rows import Pair, table
-from calm_ray.rundir import Stage
 from calm_ray.sections import Lora, Train
+from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 from calm_ray.testing import write_tiny_model
 from calm_ray.training.loop import TrainJob

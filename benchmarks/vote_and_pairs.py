@@ -29,10 +29,10 @@ import pyarrow as pa
 
 from calm_ray.cluster import Needs, cluster
 from calm_ray.preferences.from_disk import RecordedJob, pairs_of_chunks
-from calm_ray.rundir import Stage
 from calm_ray.sampling.imports import UNCOMPRESSED, open_completions
 from calm_ray.sampling.recorded import RecordedChunks
 from calm_ray.sections import Preferences
+from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 
 COPIES_PER_CHUNK, COMPLETIONS_OF_A_COPY = 3, 16_182

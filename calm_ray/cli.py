@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from calm_ray.errors import CalmRayError, InputError
+from calm_ray.endings import exit_code_of
+from calm_ray.errors import InputError
 from calm_ray.recipes import DEMO_RECIPE, load_config, load_preferences
 
 ALIGN_HELP = """\
@@ -19,7 +20,8 @@ Runs rounds of self-alignment. Without a recipe it is the demo, which needs no m
   calm-ray align
   calm-ray align jobs/recipes/NAME.yaml train.learning_rate=5e-6 rounds=3
 
-The same command goes on with a run that was interrupted."""
+The same command goes on with a run that was interrupted, with more rounds if `rounds` was raised.
+Exit codes: 0 done, 1 failed, 2 bad input, 3 the cluster cannot hold the run, 130 interrupted."""
 
 
 PAIRS_HELP = """\
@@ -38,18 +40,9 @@ language that `chosen_language` names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Runs a command; returns its exit code (see `calm_ray.endings`)."""
     options = _parser().parse_args(arguments)
-    try:
-        options.command(options)
-    except CalmRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        goes_on = "; the same command goes on from here" if options.command is _align else ""
-        print(f"interrupted{goes_on}", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code_of(lambda: options.command(options), goes_on=options.command is _align)
 
 
 def entry() -> None:
@@ -77,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     align.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     align.add_argument("--overwrite", action="store_true", help="delete a run of the same name first")
+    align.add_argument(
+        "--redo", action="store_true", help="where the configuration has changed, do again what depends on it"
+    )
     align.set_defaults(command=_align)
 
     show = commands.add_parser("show", help="print a question of a run, its completions, the vote and a pair")
@@ -164,7 +160,7 @@ def _align(options: argparse.Namespace) -> None:
     from calm_ray.rounds import align
     from calm_ray.summary import print_summary
 
-    run = align(config, overwrite=options.overwrite)
+    run = align(config, overwrite=options.overwrite, redo=options.redo)
     print_summary(run.summary)
     say(f"run: {run.uri}")
 

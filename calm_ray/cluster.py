@@ -17,7 +17,8 @@ from ray._private.state import state as ray_state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from calm_ray.config import Config
-from calm_ray.errors import InputError
+from calm_ray.endings import end_on_sigterm
+from calm_ray.errors import InputError, ResourceError
 from calm_ray.storage import Storage
 
 WAIT_SECONDS = 30
@@ -71,6 +72,7 @@ def cluster(needs: Needs, say: Callable[[str], None], local_cpus: int = 0) -> It
         return
     _keep_quiet()
     joined = _start_or_join(max(local_cpus, math.ceil(needs.total["CPU"])))
+    end_on_sigterm()
     try:
         check_resources(needs)
         say(_describe(joined))
@@ -105,12 +107,12 @@ def _keep_quiet() -> None:
 
 
 def check_resources(needs: Needs) -> None:
-    """Raises InputError where the cluster, grown as far as it may, can never hold what the run needs."""
+    """Raises ResourceError where the cluster, grown as far as it may, can never hold what the run needs."""
     present = ray.cluster_resources()
     limits = ray_state.get_max_resources_from_cluster_config() or {}
     most = {name: max(present.get(name, 0.0), float(limits.get(name, 0.0))) for name in needs.total}
     if problem := shortage(needs, most, _kinds_of_nodes()):
-        raise InputError(f"engines and train.workers: {problem}")
+        raise ResourceError(f"engines and train.workers: {problem}")
 
 
 def shortage(needs: Needs, most: Resources, nodes: Sequence[Resources]) -> str | None:
@@ -139,6 +141,11 @@ def _kinds_of_nodes() -> list[Resources]:
     nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     config = ray_state.get_cluster_config()
     return nodes + ([dict(kind.resources) for kind in config.node_group_configs] if config else [])
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """For actors that live and die with the driver's machine."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def free_resources() -> str:

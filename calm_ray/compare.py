@@ -6,13 +6,13 @@ Whatever is heavy is imported only when something runs.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calm_ray.comparison.plan import BASE, METHODS, TABLE_1, Comparison, Contender, named_methods, plan
-from calm_ray.errors import CalmRayError, InputError
+from calm_ray.endings import exit_code_of
+from calm_ray.errors import InputError
 from calm_ray.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -36,17 +36,9 @@ rate, epochs and whatever else has defaults by objective is taken from the recip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Runs the command; returns its exit code (see `calm_ray.endings`)."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        _compare(options)
-    except CalmRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code_of(lambda: _compare(options), goes_on=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,15 +91,16 @@ def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
     from calm_ray.about import about
     from calm_ray.cluster import check_resources, check_storage, cluster, needs_of
     from calm_ray.comparison.shared import check_common_start
+    from calm_ray.mending import mend
     from calm_ray.progress import say
-    from calm_ray.sampling.engine import EngineSpec
+    from calm_ray.sampling.engine import engine_spec
     from calm_ray.sampling.pool import EnginePool
 
     for one in contenders:
         one.run.check(one.settings, overwrite, may_be_finished=True)
     if not overwrite:
         check_common_start(contenders)
-    todo = [one for one in contenders if overwrite or not one.run.is_finished]
+    todo = [one for one in contenders if overwrite or not one.run.is_complete(one.settings)]
     if not todo:
         return
     inputs = _prepare(todo, None if overwrite else _model_of(contenders), overwrite)
@@ -116,13 +109,15 @@ def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
         for one_needs in needs:
             check_resources(one_needs)
         for one in todo:
-            one.run.begin(one.settings, about(), overwrite)
+            for line in one.run.begin(one.settings, about(), overwrite):
+                say(line)
+            mend(one.run)
             one.run.share_model(inputs.model, inputs.folder)
         first = todo[0]
         check_storage(first.run.storage)
         config, model = first.config, first.run.model
         assert model is not None
-        spec = EngineSpec(model, config.engines, config.train.lora, config.device, config.seed)
+        spec = engine_spec(config, model)
         with EnginePool(spec, config.languages, say) as pool:
             check_storage(first.run.storage)  # again, for nodes that came with the engines
             for one in todo:

@@ -5,27 +5,44 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from calm_ray.bad_prompts import BadPrompts
 from calm_ray.progress import step
-from calm_ray.rundir import Stage
-from calm_ray.sampling.engine import ChunkTask
+from calm_ray.sampling.chunks import ChunkTask
+from calm_ray.sampling.dispatch import Dispatcher, without_bad
 from calm_ray.sampling.pool import EnginePool
+from calm_ray.stage import Stage
 
 
 def over_chunks_and_languages(
-    pool: EnginePool, method: str, title: str, questions: Stage, output: Stage, languages: list[str], **how: Any
+    pool: EnginePool,
+    bad_prompts: BadPrompts,
+    method: str,
+    title: str,
+    questions: Stage,
+    output: Stage,
+    languages: list[str],
+    **how: Any,
 ) -> Counter[str]:
-    """Runs an engine method for each chunk and language that `output` lacks; returns the sum of its counts."""
+    """Runs an engine method, by the pool's policy, for each chunk and language that `output` lacks.
+
+    Returns the sum of all chunks' counts.
+    """
     tasks = [
-        ChunkTask(questions, output, chunk, language) for chunk in sorted(questions.chunks()) for language in languages
+        ChunkTask(questions, output, chunk, language, pool.policy)
+        for chunk in sorted(questions.chunks())
+        for language in languages
     ]
     there = output.chunks()
     todo = [task for task in tasks if task.name not in there]
-    total: Counter[str] = Counter()
     by_language: Counter[str] = Counter()
+    known = bad_prompts.known(questions)
+    work = Dispatcher(without_bad(todo, known), pool.spec.engines.max_bad_prompts, len(known))
     with step(title, len(tasks)) as progress:
         progress.advance(len(tasks) - len(todo))
-        for task, counts in pool.run(method, todo, **how):
-            total.update(counts)
-            by_language[task.language] += counts["rows"]
-            progress.advance(note=" ".join(f"{code} {by_language[code]}" for code in languages))
-    return total
+        try:
+            for task, counts in pool.run(method, work, **how):
+                by_language[task.language] += counts["rows"]
+                progress.advance(note=" ".join(f"{code} {by_language[code]}" for code in languages))
+        finally:
+            bad_prompts.add(questions, output, work.bad)
+    return output.counts()

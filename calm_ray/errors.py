@@ -15,6 +15,10 @@ class InputError(CalmRayError):
     exit_code = 2
 
 
+class StorageError(CalmRayError):
+    """The storage does not take or give a file: a full disk, a read-only mount, a lost connection."""
+
+
 class ResourceError(CalmRayError):
     """The cluster cannot hold what is asked of it; the message says what is short and what would fit."""
 

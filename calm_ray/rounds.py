@@ -6,37 +6,41 @@ from calm_ray.about import about
 from calm_ray.cluster import check_storage, cluster, needs_of
 from calm_ray.config import Config
 from calm_ray.inputs import prepare
+from calm_ray.mending import mend
 from calm_ray.policies import BaseModel
 from calm_ray.preferences.gamma import check_gamma
 from calm_ray.progress import say
 from calm_ray.questions.into_run import take_questions
 from calm_ray.rundir import RunDir
-from calm_ray.sampling.engine import EngineSpec
+from calm_ray.sampling.engine import engine_spec
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.stages import Stages
 from calm_ray.start import check_start, start_policy
 from calm_ray.summary import summarise
 
 
-def align(config: Config, *, overwrite: bool = False) -> RunDir:
+def align(config: Config, *, overwrite: bool = False, redo: bool = False) -> RunDir:
     """Runs a configuration from where it stands to its end; returns the run directory.
 
-    Raises InputError for bad input, before any engine starts, and for a run that is finished or differs.
+    Raises InputError for bad input, before any engine starts, and for a run that is finished or differs in what was
+    done already, unless that is to be done again (`redo`).
     """
     run = RunDir(config.storage, config.name)
     say(f"run: {run.uri}")
     settings = config.model_dump(mode="json")
-    run.check(settings, overwrite)
+    run.check(settings, overwrite, redo=redo)
     if config.method == "dco":
         say(check_gamma(config.dco, config.languages, config.train.beta))
     known = None if overwrite else run.model
     inputs = prepare(config, known)
     check_start(config, run, known or inputs.model, overwrite=overwrite)
     with cluster(needs_of(config, training=config.rounds > 0), say):
-        run.begin(settings, about(), overwrite)
+        for line in run.begin(settings, about(), overwrite):
+            say(line)
+        mend(run)
         check_storage(run.storage)
         model = run.share_model(inputs.model, inputs.folder)
-        spec = EngineSpec(model, config.engines, config.train.lora, config.device, config.seed)
+        spec = engine_spec(config, model)
         with EnginePool(spec, config.languages, say) as pool:
             check_storage(run.storage)  # again, for nodes that came with the engines
             take_questions(config, run, model, pool, inputs)
@@ -47,7 +51,7 @@ def align(config: Config, *, overwrite: bool = False) -> RunDir:
 def run_to_end(config: Config, run: RunDir, model: BaseModel, pool: EnginePool) -> None:
     """What is left of a run that has its questions, with engines that are there."""
     run_rounds(config, run, Stages(config, run, model, pool))
-    run.finish({"engine_starts": pool.starts, "engines": len(pool.engines)})
+    run.finish({"engine_starts": pool.starts, "engines": len(pool.members)})
 
 
 def run_rounds(config: Config, run: RunDir, stages: Stages) -> None:

@@ -184,6 +184,25 @@ class Prediction(TypedDict):
     policy: str
 
 
+class BadPrompt(TypedDict):
+    """A prompt that ends every engine it is given to. Produced by `sampling`, for a person and for what comes after.
+
+    Example:
+        {"question_id": "q17", "language": "fr", "questions": "questions/align", "stage": "rounds/1/sample",
+         "chunk": "00000", "error": "The actor died unexpectedly before finishing this task."}
+    """
+
+    question_id: str
+    language: str
+    questions: str
+    """The folder of the run that the question is from."""
+    stage: str
+    """The folder that was being filled."""
+    chunk: str
+    error: str
+    """How the last engine ended."""
+
+
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 

@@ -4,6 +4,7 @@
       config.json            the resolved configuration, versions, git revision
       summary.json           one entry for each round
       metrics.jsonl          training metrics, one line a step
+      bad_prompts.parquet    prompts that end every engine, if there are any
       questions/             the questions as they were read
       model.json, model/     the model, and the demo world's itself, for nodes that do not have it
       start.json, start/     the earlier policy that the run starts from (init_from)
@@ -13,78 +14,42 @@
       rounds/1/train/        margins, and policy/: the adapter or the weights
       rounds/1/evaluate/     Parquet
 
-A stage is finished when its `stage.json` is there, which is written last.
+What a stage's folder holds is in `calm_ray.stage`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 from pydantic import ValidationError
 
+from calm_ray.bad_prompts import FILE as BAD_PROMPTS
+from calm_ray.bad_prompts import BadPrompts
+from calm_ray.changes import PARTS_OF, STEPS_OF_A_ROUND, differences, earliest, invalid_stages
 from calm_ray.config import Config
 from calm_ray.errors import InputError
 from calm_ray.policies import BaseModel, Policy
+from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 
-STAGE_FILE = "stage.json"
+CONFIG_FILE = "config.json"
 PARTS = [
-    "config.json", "evaluations", "finished.json", "metrics.jsonl", "model", "model.json", "probe", "questions",
-    "rounds", "start", "start.json", "summary.json",
+    BAD_PROMPTS, CONFIG_FILE, "evaluations", "finished.json", "metrics.jsonl", "model", "model.json", "probe",
+    "questions", "rounds", "start", "start.json", "summary.json",
 ]  # fmt: skip
 """All that lies in a run's folder."""
+BEFORE_ROUNDS = ["questions", "start.json", "start", "model.json", "model"]
+ORDER = [name for step in STEPS_OF_A_ROUND for name in PARTS_OF[step]]
+"""The stages of a round, in the order in which they are made."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One folder of a run, filled by one stage of one round. Picklable: workers write their chunks into it."""
-
-    storage: Storage
-    """Rooted at this stage's folder."""
-
-    @property
-    def is_finished(self) -> bool:
-        return self.storage.exists(STAGE_FILE)
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What was noted when the stage was finished."""
-        return dict(self.storage.read_json(STAGE_FILE))
-
-    def finish(self, record: dict[str, Any]) -> dict[str, Any]:
-        self.storage.write_json(STAGE_FILE, record)
-        return record
-
-    def chunks(self) -> set[str]:
-        """Names of the chunks that are there, each written whole."""
-        return {name.removesuffix(".parquet") for name in self.storage.files() if name.endswith(".parquet")}
-
-    def write(self, chunk: str, data: pa.Table, compression: str = "lz4") -> None:
-        self.storage.write_table(f"{chunk}.parquet", data, compression)
-
-    def read_chunk(self, chunk: str, columns: list[str] | None = None) -> pa.Table:
-        return self.storage.read_table(f"{chunk}.parquet", columns)
-
-    def read(self, columns: list[str] | None = None) -> pa.Table:
-        return self.storage.read_table("", columns)
-
-    def copy(self, other: Stage, policy: str | None = None) -> dict[str, Any]:
-        """Becomes what another run's finished stage is; its record says where that is from (`copied_from`).
-
-        With `policy`, that is what rows and record call the policy here: the same weights have their name in each run.
-        """
-        record = {"copied_from": other.storage.uri(), **other.record}
-        for name in other.storage.files():
-            if name.endswith(".parquet") and policy is not None:
-                chunk = name.removesuffix(".parquet")
-                self.write(chunk, _renamed(other.read_chunk(chunk), policy))
-            elif name != STAGE_FILE:
-                self.storage.write(name, other.storage.read(name))
-        return self.finish(record if policy is None else {**record, "policy": policy})
+def _path(stage: tuple[int, str]) -> str:
+    number, name = stage
+    return f"rounds/{number}/{name}"
 
 
 class RunDir:
@@ -102,37 +67,97 @@ class RunDir:
 
     def questions(self, split: Literal["align", "evaluate"]) -> Stage:
         """The questions in chunks: a file holds the same questions in all languages."""
+        return self._questions(split)
+
+    def _questions(self, split: str) -> Stage:
         return Stage(self.storage.under(f"questions/{split}"))
 
-    def check(self, config: dict[str, Any], overwrite: bool, *, may_be_finished: bool = False) -> None:
-        """Raises InputError where a finished run, or one with another configuration, is in the way. Writes nothing."""
-        if not self.storage.exists("config.json"):
+    @property
+    def bad_prompts(self) -> BadPrompts:
+        return BadPrompts(self.storage)
+
+    def check(
+        self, config: dict[str, Any], overwrite: bool, *, redo: bool = False, may_be_finished: bool = False
+    ) -> None:
+        """Raises InputError where a finished run, or one that another configuration made, is in the way.
+
+        With `redo`, what a changed configuration makes invalid may be done again. Writes nothing.
+        """
+        if not self.storage.exists(CONFIG_FILE):
             foreign = [name for name in self.storage.names() if name not in PARTS]
             if foreign:
                 raise InputError(f"{self.uri} holds {foreign[0]} and is not a run; give this run another name")
             return
         if overwrite:
             return
-        if differences := _differences(_with_new_keys(self.config), config):
-            lines = "\n".join(f"  {line}" for line in differences)
+        changed, invalid = self._changes(config)
+        if invalid and not redo:
+            lines = "\n".join(f"  {key}: {change}" for key, change in changed.items())
             raise InputError(
                 f"{self.uri} holds a run with another configuration:\n{lines}\n"
-                "Give this run another name, or add --overwrite to delete the old one."
+                f"With this one, these would have to be done again: {', '.join(invalid)}.\n"
+                "Give this run another name, add --redo to do them again, or --overwrite to delete the whole run."
             )
-        if self.is_finished and not may_be_finished:
+        if self.is_complete(config) and not invalid and not may_be_finished:
             raise InputError(
                 f"{self.uri} is finished. See it with `calm-ray show {self.uri}`; "
-                "give this run another name, or add --overwrite to delete it and start again."
+                "raise rounds to go on, give this run another name, or add --overwrite to delete it and start again."
             )
 
-    def begin(self, config: dict[str, Any], about: dict[str, Any], overwrite: bool) -> None:
-        """Makes the directory of a new run; one that is gone on with keeps what it holds."""
+    def is_complete(self, config: dict[str, Any]) -> bool:
+        """Whether the run is finished, and has all rounds that a configuration wants."""
+        return self.is_finished and config.get("rounds", 0) <= self.config.get("rounds", 0)
+
+    def _changes(self, config: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+        """The keys that differ, each with how, and the parts of the run that this makes invalid."""
+        changed = differences(_with_new_keys(self.config), config)
+        step = earliest(changed)
+        first = [part for part in BEFORE_ROUNDS if self.storage.exists(part)] if step == "questions" else []
+        return changed, first + [_path(stage) for stage in invalid_stages(step, self.stages())]
+
+    def begin(self, config: dict[str, Any], about: dict[str, Any], overwrite: bool) -> list[str]:
+        """Makes the directory of a new run; one that is gone on with keeps what is still valid in it.
+
+        Returns what is to be said of a configuration that has changed, a line each.
+        """
         if overwrite:
             # First, so that what an interrupted deletion leaves is never taken for a run.
-            self.storage.delete("config.json")
-        if not self.storage.exists("config.json"):
+            self.storage.delete(CONFIG_FILE)
+        if not self.storage.exists(CONFIG_FILE):
             self.storage.delete("")
-            self.storage.write_json("config.json", {"config": config, **about})
+            self.storage.write_json(CONFIG_FILE, {"config": config, **about})
+            return []
+        changed, invalid = self._changes(config)
+        if changed:
+            for part in ["finished.json", *invalid]:
+                self.storage.delete(part)
+            # Last: a deletion that was interrupted begins again.
+            self.storage.write_json(CONFIG_FILE, {"config": config, **about})
+        said = [f"changed: {key}: {change}" for key, change in changed.items()]
+        return said + [f"to be done again: {part}" for part in invalid]
+
+    def stages(self) -> list[tuple[int, str]]:
+        """The stages that have begun, (round, name), in the order in which a run makes them."""
+        rounds = sorted(int(name) for name in self.storage.names("rounds") if name.isdecimal())
+        return [stage for stage in product(rounds, ORDER) if self.storage.exists(_path(stage))]
+
+    def all_stages(self) -> dict[str, Stage]:
+        """Every stage that has begun, by its name in the run."""
+        found = {f"questions/{name}": self._questions(name) for name in self.storage.names("questions")}
+        return found | {_path(stage): self.stage(*stage) for stage in self.stages()}
+
+    def forget_after_training(self, number: int, policy: str) -> list[str]:
+        """Deletes what a round's policy made where that is not this policy any more; returns the stages' names.
+
+        It was lost and has been trained again, which need not give the same weights.
+        """
+        after = [(n, name) for n, name in self.stages() if n > number or (n == number and name in PARTS_OF["evaluate"])]
+        evaluation = self.stage(number, "evaluate")
+        if not after or (evaluation.is_finished and evaluation.record["policy"] == policy):
+            return []
+        for stage in after:
+            self.storage.delete(_path(stage))
+        return [_path(stage) for stage in after]
 
     @property
     def start(self) -> Policy | None:
@@ -157,9 +182,9 @@ class RunDir:
     @property
     def config(self) -> dict[str, Any]:
         """The resolved configuration of the run that is here; InputError where there is none."""
-        if not self.storage.exists("config.json"):
+        if not self.storage.exists(CONFIG_FILE):
             raise InputError(f"{self.uri}: there is no run here (no config.json)")
-        return dict(self.storage.read_json("config.json")["config"])
+        return dict(self.storage.read_json(CONFIG_FILE)["config"])
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -200,27 +225,9 @@ class RunDir:
         self.storage.write("metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
 
-def _renamed(rows: pa.Table, policy: str) -> pa.Table:
-    """Rows with another name for the policy that made them."""
-    field = rows.schema.field("policy")
-    return rows.set_column(rows.schema.names.index("policy"), field, pa.array([policy] * len(rows), field.type))
-
-
 def _with_new_keys(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration with the defaults of keys that came after it was written."""
     try:
         return Config.model_validate(config).model_dump(mode="json")
     except ValidationError:  # it has keys that went since
         return config
-
-
-def _differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """The leaves in which two configurations differ, one line each."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = dict.fromkeys([*before, *after])
-        return [
-            line
-            for key in keys
-            for line in _differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
-        ]
-    return [] if before == after else [f"{path}: {before!r} there, {after!r} here"]

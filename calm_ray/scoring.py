@@ -18,10 +18,11 @@ from calm_ray.preferences.candidate_pairs import CandidatePairs
 from calm_ray.preferences.own_candidates import OwnCandidates
 from calm_ray.progress import step
 from calm_ray.ray_data import count_over, over_chunks
-from calm_ray.rundir import RunDir, Stage
+from calm_ray.rundir import RunDir
 from calm_ray.sampling.candidates import CandidateForm
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.sections import Candidates
+from calm_ray.stage import Stage
 
 Part = Literal["score", "evaluate"]
 """The questions that are trained on, or those held out: the stages that hold a policy's scores of them."""
@@ -52,7 +53,9 @@ class Scoring:
         self.pool.load(policy)
         refreshed = time.monotonic()
         form = CandidateForm(self.settings, self.config.world.seed)
-        over_chunks_and_languages(self.pool, "score", title, questions, output, languages, form=form)
+        over_chunks_and_languages(
+            self.pool, self.run.bad_prompts, "score", title, questions, output, languages, form=form
+        )
         report = ScoreCounter(output, languages, self.settings.score).report()
         return output.finish(
             {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from calm_ray.config import Config
 from calm_ray.engine_work import over_chunks_and_languages
+from calm_ray.errors import CalmRayError
 from calm_ray.evaluation.from_scores import answers_of, changed_answers
 from calm_ray.evaluation.report import evaluation_report, gold_of
 from calm_ray.evaluation.samples import sample_report
@@ -19,13 +21,16 @@ from calm_ray.preferences.pipeline import PreferenceJob
 from calm_ray.progress import say, step
 from calm_ray.ray_data import count_over, over_chunks
 from calm_ray.rows import rows_of
-from calm_ray.rundir import RunDir, Stage
+from calm_ray.rundir import RunDir
 from calm_ray.sampling.generator import Decoding
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.scoring import Scoring
+from calm_ray.stage import Stage
 from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round
 
+TRAINED = ("margins.parquet", "metrics.json", "policy.json")
+"""What training leaves beside the policy's own files."""
 COLLAPSE_NATS = 1.0
 """A fall of the chosen sides' log-probability per token, from the reference, that is worth a warning."""
 
@@ -58,8 +63,8 @@ class Stages:
         self.pool.load(policy)
         decoding = Decoding(sampling.completions, sampling.temperature, sampling.top_p, sampling.max_new_tokens)
         counts = over_chunks_and_languages(
-            self.pool, "sample", f"round {number}: sample", self.run.questions("align"), stage, self.config.languages,
-            decoding=decoding, instruction=sampling.instruction, extraction=self.config.preferences.extraction,
+            self.pool, self.run.bad_prompts, "sample", f"round {number}: sample", self.run.questions("align"), stage,
+            self.config.languages, decoding=decoding, instruction=sampling.instruction, extraction=self.config.preferences.extraction,
             seed=self.config.seed, round_number=number,
         )  # fmt: skip
         return stage.finish({**counts, "policy": policy.name, "seconds": time.monotonic() - started})
@@ -92,7 +97,7 @@ class Stages:
             seed=config.seed,
             round_number=number,
             world_seed=config.world.seed,
-            engines=self.pool.engines,
+            writers=self.pool.writers,
             max_new_tokens=config.sampling.max_new_tokens,
             context_tokens=context_tokens(self.model.local_folder(weights=False), config),
         )
@@ -113,18 +118,20 @@ class Stages:
             seed=self.config.seed,
             round_number=number,
             world_seed=self.config.world.seed,
-            engines=self.pool.engines,
+            writers=self.pool.writers,
             max_new_tokens=self.config.sampling.max_new_tokens,
         )
-        todo = sorted(questions.chunks() - stage.chunks())
-        with step(f"round {number}: vote and pair", len(questions.chunks())) as progress:
-            progress.advance(len(stage.chunks()))
+        chunks = questions.chunks()
+        todo = sorted(chunks - (stage.chunks() & job.votes.chunks()))
+        with step(f"round {number}: vote and pair", len(chunks)) as progress:
+            progress.advance(len(chunks) - len(todo))
             made: Counter[str] = Counter()
             for row in over_chunks(job, todo):
                 made.update({"drafts": row["drafts"], "pairs": row["pairs"]})
                 lost = made["drafts"] - made["pairs"]
                 progress.advance(note=f"{made['pairs']} pairs" + (f", {lost} not carried over" if lost else ""))
-            counts = count_over(job.count, sorted(questions.chunks()))
+            counts = count_over(job.count, sorted(chunks))
+        job.votes.finish({})
         record = {"pairs": counts["pairs"], "vote": sample_report(counts), "seconds": time.monotonic() - started}
         return stage.finish(record)
 
@@ -137,24 +144,41 @@ class Stages:
         pairs = self.run.stage(number, "pairs")
         policy = start
         if pairs.record["pairs"]:
-            job = TrainJob(
-                pairs=pairs,
-                output=stage,
-                model=self.model,
-                start=start,
-                reference=self._reference(start),
-                train=self.config.train,
-                objective=self.config.objective,
-                dco_loss=self.config.dco.loss,
-                seed=self.config.seed,
-                round_number=number,
-            )
-            policy = self._train(job)
+            policy = self._trained(stage) or self._train(self._train_job(number, start))
         else:
             why = "all languages agree wherever there is a winner" if self.config.votes else "no pair could be drawn"
             say(f"round {number}: {why}, so there is nothing to train on")
-        stage.finish({"policy": policy.as_json(), "seconds": time.monotonic() - started})
+        for name in self.run.forget_after_training(number, policy.name):
+            say(f"{name}: was made by a policy that is lost, and is made again")
+        files = [name for name in TRAINED if stage.storage.exists(name)]
+        files += [f"policy/{name}" for name in stage.storage.files("policy")]
+        stage.finish({"policy": policy.as_json(), "seconds": time.monotonic() - started}, files)
         return policy
+
+    def _trained(self, stage: Stage) -> Policy | None:
+        """The policy of a training that had ended when the driver died."""
+        if not stage.storage.exists("policy.json"):
+            return None
+        policy = Policy(**stage.storage.read_json("policy.json"))
+        try:
+            policy.local_folder()
+        except (CalmRayError, OSError):
+            return None
+        return policy
+
+    def _train_job(self, number: int, start: Policy) -> TrainJob:
+        return TrainJob(
+            pairs=self.run.stage(number, "pairs"),
+            output=self.run.stage(number, "train"),
+            model=self.model,
+            start=start,
+            reference=self._reference(start),
+            train=self.config.train,
+            objective=self.config.objective,
+            dco_loss=self.config.dco.loss,
+            seed=self.config.seed,
+            round_number=number,
+        )
 
     def _reference(self, start: Policy) -> Policy:
         """What a round's margins are measured against."""
@@ -183,7 +207,8 @@ class Stages:
                             "Lower train.learning_rate or raise train.sft_weight."
                         )
 
-            return train_round(job, self.config.device, report)
+            with self.pool.asleep() if self.config.placement == "colocate" else nullcontext():
+                return train_round(job, self.config.device, report)
 
     def evaluate(self, number: int, policy: Policy, start: Policy) -> None:
         """Refreshes the engines with the policy and asks it the held-out questions.
@@ -219,7 +244,7 @@ class Stages:
         refreshed = time.monotonic()
         sampling = self.config.sampling
         over_chunks_and_languages(
-            self.pool, "predict", title, questions, output, self.config.asked_languages,
+            self.pool, self.run.bad_prompts, "predict", title, questions, output, self.config.asked_languages,
             instruction=sampling.instruction, extraction=self.config.preferences.extraction,
             max_new_tokens=sampling.max_new_tokens,
         )  # fmt: skip

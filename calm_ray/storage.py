@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from calm_ray.errors import InputError
+from calm_ray.errors import InputError, StorageError
 
 
 class Storage:
@@ -71,9 +71,9 @@ class Storage:
         """Names of the files directly in a folder, sorted; none where there is no such folder."""
         return sorted(info.base_name for info in self._children(relative) if info.is_file)
 
-    def names(self) -> list[str]:
-        """Names of all files and folders directly under the root, sorted."""
-        return sorted(info.base_name for info in self._children(""))
+    def names(self, relative: str = "") -> list[str]:
+        """Names of all files and folders directly in a folder, sorted; none where there is no such folder."""
+        return sorted(info.base_name for info in self._children(relative))
 
     def _children(self, relative: str) -> list[fs.FileInfo]:
         """What lies directly in a folder, but for files that were never written to their end."""
@@ -89,21 +89,34 @@ class Storage:
             self.filesystem.delete_dir(self.path(relative))
 
     def write(self, relative: str, data: bytes | pa.Buffer) -> None:
-        """Writes a file so that it is there whole or not at all: renamed into place, or one put on object stores."""
+        """Writes a file so that it is there whole or not at all: renamed into place, or one put on object stores.
+
+        Raises StorageError where that fails; what was there before is then still there.
+        """
         target = self.path(relative)
-        if not self.is_local:
-            with self.filesystem.open_output_stream(target) as stream:
-                stream.write(data)
-            return
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        temporary = f"{target}.tmp-{uuid.uuid4().hex[:8]}"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(target)
+        try:
+            if self.is_local:
+                _write_whole(Path(target), data)
+            else:
+                with self.filesystem.open_output_stream(target) as stream:
+                    stream.write(data)
+        except OSError as error:
+            raise StorageError(
+                f"storage: {self.uri(relative)} could not be written: {error.strerror or error}. "
+                "What was written before is kept; the same command goes on."
+            ) from error
+
+    def digest(self, relative: str) -> tuple[int, str]:
+        """Size in bytes and SHA-256 of a file; FileNotFoundError where there is none."""
+        digest, size = hashlib.sha256(), 0
+        with self.filesystem.open_input_stream(self.path(relative)) as stream:
+            while block := stream.read(4 << 20):
+                digest.update(block)
+                size += len(block)
+        return size, digest.hexdigest()
 
     def read(self, relative: str) -> bytes:
+        """The content of a file; FileNotFoundError where there is none."""
         with self.filesystem.open_input_stream(self.path(relative)) as stream:
             return bytes(stream.read())
 
@@ -113,21 +126,19 @@ class Storage:
     def read_json(self, relative: str) -> Any:
         return json.loads(self.read(relative))
 
-    def write_table(self, relative: str, data: pa.Table, compression: str = "lz4") -> None:
-        """Writes Parquet. LZ4 makes texts as small as the usual Snappy, and is read much faster."""
+    def write_table(self, relative: str, data: pa.Table, compression: str = "lz4") -> pa.Buffer:
+        """Writes Parquet, and returns its bytes. LZ4 makes texts as small as Snappy, and is read much faster."""
         sink = pa.BufferOutputStream()
-        pq.write_table(data, sink, compression=compression)
-        self.write(relative, sink.getvalue())
+        pq.write_table(data, sink, compression=compression, write_page_checksum=True)
+        content = sink.getvalue()
+        self.write(relative, content)
+        return content
 
     def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
-        """One Parquet file, or all those of a folder, in the order of their names."""
-        if relative.endswith(".parquet"):
-            # Not pq.read_table: that takes the folder's name for a partition and looks at its neighbours.
-            with self.filesystem.open_input_file(self.path(relative)) as file:
-                return pq.ParquetFile(file).read(columns=columns)
-        names = [name for name in self.files(relative) if name.endswith(".parquet")]
-        prefix = f"{relative}/" if relative else ""
-        return pa.concat_tables([self.read_table(f"{prefix}{name}", columns) for name in names])
+        """One Parquet file."""
+        # Not pq.read_table: that takes the folder's name for a partition and looks at its neighbours.
+        with self.filesystem.open_input_file(self.path(relative)) as file:
+            return pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
 
     def upload(self, folder: Path, relative: str) -> None:
         """Copies the files directly in a local folder."""
@@ -146,6 +157,20 @@ class Storage:
             ):
                 shutil.copyfileobj(source, target, 16 << 20)
         temporary.rename(folder)
+
+
+def _write_whole(target: Path, data: bytes | pa.Buffer) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk, room for others
+        raise
 
 
 def storage_named(location: str) -> Storage:

@@ -13,7 +13,8 @@ from calm_ray.comparison.plan import Contender
 from calm_ray.errors import InputError
 from calm_ray.policies import Policy
 from calm_ray.progress import say
-from calm_ray.rundir import RunDir, Stage
+from calm_ray.rundir import RunDir
+from calm_ray.stage import Stage
 
 SPLITS: tuple[Literal["align", "evaluate"], ...] = ("align", "evaluate")
 

@@ -13,9 +13,9 @@ from calm_ray.inputs import candidate_check, check_lengths
 from calm_ray.opened import open_run
 from calm_ray.progress import console, say
 from calm_ray.questions.reader import take_in, write_chunks
-from calm_ray.rundir import Stage
-from calm_ray.sampling.engine import EngineSpec
+from calm_ray.sampling.engine import engine_spec
 from calm_ray.sampling.pool import EnginePool
+from calm_ray.stage import Stage
 from calm_ray.stages import Stages
 from calm_ray.summary import evaluation_table
 
@@ -51,7 +51,7 @@ def evaluate_again(location: str, questions: str | None, round_number: int | Non
     output = Stage(run.storage.under(f"evaluations/{label}/{policy.name}"))
     if not output.is_finished:
         with cluster(needs_of(config, training=False), say):
-            spec = EngineSpec(model, config.engines, config.train.lora, config.device, config.seed)
+            spec = engine_spec(config, model)
             with EnginePool(spec, config.languages, say) as pool:
                 stages = Stages(config, run, model, pool)
                 stages.ask(f"evaluate {policy.name}", policy, asked, output)

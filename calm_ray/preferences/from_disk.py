@@ -24,10 +24,10 @@ from calm_ray.preferences.columnar import PAIRS, make_pairs
 from calm_ray.progress import say, step
 from calm_ray.questions.parallel import BAD_ROWS, as_lines
 from calm_ray.questions.reader import OnBadRow
-from calm_ray.rundir import Stage
 from calm_ray.sampling.imports import Imported, open_completions
 from calm_ray.sampling.recorded import RecordedChunks
 from calm_ray.sections import Preferences
+from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 
 PAIRS_FILE = "pairs.parquet"

@@ -6,13 +6,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from ray.actor import ActorHandle
-
 from calm_ray.policies import BaseModel
 from calm_ray.preferences.pipeline import load_tokenizer, translator_named
 from calm_ray.preferences.sampled_candidates import candidate_sets, carry, draw
 from calm_ray.rows import CandidateSet, Completion, Question, rows_of, table
-from calm_ray.rundir import Stage
+from calm_ray.sampling.writers import Writers
+from calm_ray.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class OwnCandidates:
     seed: int
     round_number: int
     world_seed: int
-    engines: list[ActorHandle[Any]]
+    writers: Writers
     max_new_tokens: int
     context_tokens: int | None
     """The most tokens of a prompt and a candidate that the engines take; None where nothing says it."""
@@ -45,7 +44,7 @@ class OwnCandidates:
         }
         completions = self._completions(chunk)
         drawn = {key: draw(completions[key], self.most, self.seed, self.round_number) for key in questions}
-        translator = translator_named(self.translator, self.world_seed, self.engines, self.max_new_tokens)
+        translator = translator_named(self.translator, self.world_seed, self.writers, self.max_new_tokens)
         tokenizer = load_tokenizer(self.model)
         sets = [
             one

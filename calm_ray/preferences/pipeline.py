@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
-from ray.actor import ActorHandle
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calm_ray.evaluation.report import gold_of
@@ -19,9 +18,9 @@ from calm_ray.preferences.pairs import carry_over, draft_pairs, finish_pairs
 from calm_ray.preferences.translators import ModelTranslator, Translator
 from calm_ray.preferences.voting import Ballots, Election, ballots_of, elect, right_answers, vote_rows
 from calm_ray.rows import Completion, Pair, Question, Vote, rows_of, table
-from calm_ray.rundir import Stage
-from calm_ray.sampling.pool import spread
+from calm_ray.sampling.writers import Writers
 from calm_ray.sections import Preferences
+from calm_ray.stage import Stage
 from calm_ray.world.generator import build_world
 from calm_ray.world.translator import WorldTranslator
 
@@ -41,7 +40,7 @@ class PreferenceJob:
     seed: int
     round_number: int
     world_seed: int
-    engines: list[ActorHandle[Any]]
+    writers: Writers
     max_new_tokens: int
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +81,7 @@ class PreferenceJob:
         return rows_of(pa.concat_tables(files))
 
     def _translator(self) -> Translator:
-        return translator_named(self.preferences.translator, self.world_seed, self.engines, self.max_new_tokens)
+        return translator_named(self.preferences.translator, self.world_seed, self.writers, self.max_new_tokens)
 
 
 @lru_cache(maxsize=1)
@@ -90,11 +89,11 @@ def load_tokenizer(model: BaseModel) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model.local_folder(weights=False), trust_remote_code=False)
 
 
-def translator_named(name: str, world_seed: int, engines: list[ActorHandle[Any]], max_new_tokens: int) -> Translator:
+def translator_named(name: str, world_seed: int, writers: Writers, max_new_tokens: int) -> Translator:
     """The translator that `preferences.translator` names."""
     if name == "world":
         return world_translator(world_seed)
-    return ModelTranslator(lambda messages: spread(engines, messages, max_new_tokens))
+    return ModelTranslator(lambda messages: writers(messages, max_new_tokens))
 
 
 @lru_cache(maxsize=1)

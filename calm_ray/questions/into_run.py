@@ -74,14 +74,15 @@ def _translated(
     return [row for row in questions if id(row) not in lost], report
 
 
-def _translator(config: Config, model: BaseModel, pool: EnginePool) -> QuestionTranslator:
+def _translator(config: Config, own: BaseModel, pool: EnginePool) -> QuestionTranslator:
     most = config.sampling.max_new_tokens
     if config.questions.translate == "model":
-        identity = f"{model.name} {model.sha256} {BASE_POLICY} {most}"
-        return ModelQuestionTranslator(lambda messages: pool.write(messages, most), identity)
+        identity = f"{own.name} {own.sha256} {BASE_POLICY} {most}"
+        return ModelQuestionTranslator(lambda messages: pool.writers(messages, most), identity)
     # It takes the places of the training workers, which are not at work yet.
     train, gpus = config.train, 1.0 if config.device == "gpu" else 0.0
-    return Seq2SeqTranslator(BaseModel(str(config.questions.translate)), train.most_workers, train.cpus_per_worker, gpus)
+    model = BaseModel(str(config.questions.translate))
+    return Seq2SeqTranslator(model, train.most_workers, train.cpus_per_worker, gpus)
 
 
 def _is_flawed(question: Question, check: Callable[[Question], None]) -> bool:

@@ -14,8 +14,8 @@ from calm_ray.questions.parallel import Index, Problem, Seen, refusal
 from calm_ray.questions.records import BadRow, Record, read_records
 from calm_ray.questions.sources import Part, open_source
 from calm_ray.rows import Question, table
-from calm_ray.rundir import Stage
 from calm_ray.sampling.prompts import LETTERS
+from calm_ray.stage import Stage
 
 OnBadRow = Literal["refuse", "skip"]
 
@@ -111,7 +111,7 @@ def _check(question: Question, notes: list[str]) -> None:
     choices, gold = question["choices"], question["gold"]
     if not question["text"].strip():
         raise BadRow("the text is empty")
-    check_characters([question["question_id"], question["text"], *choices])
+    check_characters([question["question_id"], question["text"], question["subject"] or "", *choices])
     is_open = not choices and gold is None
     if not is_open and not 2 <= len(choices) <= len(LETTERS):
         raise _number_of_choices(question)

@@ -88,6 +88,13 @@ def predict(
     ]
 
 
+def unanswered(question: Question, policy: str) -> Prediction:
+    """What stands for the answer to a question that no engine survives."""
+    return Prediction(
+        question_id=question["question_id"], language=question["language"], answer=None, text="", policy=policy
+    )
+
+
 def score(generator: Generator, candidates: Sequence[CandidateSet], *, with_prompt: bool) -> list[Scored]:
     """How likely the generator's policy finds each candidate of each question, in the questions' order."""
     prompts = [row["prompt_token_ids"] for row in candidates]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +13,18 @@ from typing import Any
 import ray
 from transformers import PreTrainedTokenizerBase
 
+from calm_ray.config import Config
 from calm_ray.policies import BaseModel, Policy, require_safetensors
-from calm_ray.rows import BASE_POLICY, Completion, Prediction, Scored, rows_of, table
-from calm_ray.rundir import Stage
+from calm_ray.rows import BASE_POLICY, Completion, Prediction, Scored, table
 from calm_ray.sampling.candidates import CandidateForm
-from calm_ray.sampling.complete import complete, encode_prompt, predict, score
+from calm_ray.sampling.chunks import ChunkTask
+from calm_ray.sampling.complete import complete, encode_prompt, predict, score, unanswered
 from calm_ray.sampling.generator import Decoding, Generated, Likelihoods
+from calm_ray.sampling.leash import put_on_leash
 from calm_ray.sections import Engines, Lora
+
+BEAT_SECONDS = 1.0
+ENGINE_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -29,40 +36,55 @@ class EngineSpec:
     lora: Lora | None
     device: str
     seed: int
-
-
-@dataclass(frozen=True)
-class ChunkTask:
-    """One language of one chunk of questions, and the stage its rows are written into."""
-
-    questions: Stage
-    """Questions, or the candidate sets made of them."""
-    output: Stage
-    chunk: str
-    language: str
+    is_colocated: bool = False
+    """Shares its GPUs with training workers, and sleeps while they work."""
 
     @property
-    def name(self) -> str:
-        return f"{self.chunk}-{self.language}"
+    def gpu_share(self) -> float:
+        """Of each of its GPUs, for Ray's bookkeeping: more than half, so that no two engines share one."""
+        return ENGINE_SHARE if self.is_colocated else 1.0
 
-    def read(self) -> list[Any]:
-        rows = rows_of(self.questions.read_chunk(self.chunk))
-        return [row for row in rows if row["language"] == self.language]
+    @property
+    def needs(self) -> dict[str, float]:
+        """What one engine takes on one node."""
+        size = self.engines.tensor_parallel_size
+        if self.device == "cpu":
+            return {"CPU": self.engines.cpus}
+        return {"CPU": self.engines.cpus if size == 1 else float(size), "GPU": size * self.gpu_share}
+
+
+def engine_spec(config: Config, model: BaseModel) -> EngineSpec:
+    """The engines of a run."""
+    is_colocated = config.placement == "colocate" and config.device == "gpu"
+    return EngineSpec(model, config.engines, config.train.lora, config.device, config.seed, is_colocated)
 
 
 class VLLMGenerator:
     """A `Generator` on a vLLM engine in this process."""
 
     def __init__(self, spec: EngineSpec) -> None:
-        _set_environment(spec.device)
+        set_environment(spec)
         from vllm import LLM
 
         self._spec = spec
         self._folder = spec.model.local_folder()
         require_safetensors(self._folder)
-        self._llm = LLM(**_engine_args(spec, self._folder))
+        self._llm = LLM(**engine_args(spec, self._folder))
         self._adapter: Any = None
         self.policy = BASE_POLICY
+        self.steps = 0
+        """Steps that the engine has computed: it lives as long as they grow."""
+        self.is_at_work = False
+        self._count_steps()
+
+    def _count_steps(self) -> None:
+        step = self._llm.llm_engine.step
+
+        def counted() -> Any:
+            self.steps += 1
+            return step()
+
+        self._llm.llm_engine.step = counted
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -168,7 +190,20 @@ class VLLMGenerator:
         if not prompts:  # a language may lack all questions of a chunk
             return []
         requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        return self._llm.generate(requests, params, lora_request=self._adapter, use_tqdm=False)
+        self.is_at_work = True
+        try:
+            return self._llm.generate(requests, params, lora_request=self._adapter, use_tqdm=False)
+        finally:
+            self.is_at_work = False
+
+    def sleep(self) -> None:
+        """Gives back the GPU's memory: the weights wait in the host's; CPUs have nothing to give back."""
+        if self._spec.device == "gpu":
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        if self._spec.device == "gpu":
+            self._llm.wake_up()
 
 
 MOST_LABELS = 128
@@ -179,18 +214,22 @@ def _are_labels(sides: Sequence[list[int]]) -> bool:
     return len(sides) <= MOST_LABELS and all(len(side) == 1 for side in sides)
 
 
-def _set_environment(device: str) -> None:
-    # The engine lives in the actor's own process, so that nothing outlives the actor.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+def set_environment(spec: EngineSpec) -> None:
+    """What vLLM reads from the environment when it is imported."""
+    # In the actor's own process nothing outlives the actor; a child is kept on a leash.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(spec.engines.process == "child"))
+    if spec.is_colocated:
+        os.environ["VLLM_RAY_PER_WORKER_GPUS"] = str(spec.gpu_share)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if device == "cpu":
+    if spec.device == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         # Several engines share a machine's cores; left to itself, each would pin the same ones.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def _engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
+def engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`."""
     args: dict[str, Any] = {
         "model": str(folder),
         "dtype": spec.engines.dtype,
@@ -203,6 +242,8 @@ def _engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
     if spec.device == "cpu":
         # vLLM 0.32 rewinds a seeded request's generator where a prompt is prefilled in parts; on CPUs that is an error.
         args |= {"enforce_eager": True, "enable_chunked_prefill": False}
+    elif spec.is_colocated:
+        args["enable_sleep_mode"] = True
     if spec.engines.tensor_parallel_size > 1:
         args["distributed_executor_backend"] = "ray"  # into the placement group that this actor sits in
     if spec.lora is not None and spec.engines.refresh == "adapter":
@@ -214,53 +255,88 @@ def _engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
 
 
 class EngineActor:
-    """The actor. It reads questions and writes rows through the run's storage; what it returns are counts."""
+    """The actor. It reads questions and writes rows through the run's storage; what it returns are counts.
 
-    def __init__(self, spec: EngineSpec) -> None:
+    Every call names the policy that it must be served by. An engine that has another one, since it was started again,
+    takes that one first: a stale policy can never write.
+    """
+
+    def __init__(self, spec: EngineSpec, number: int = 0, pulse: Any = None) -> None:
+        self._generator: VLLMGenerator | None = None
+        if pulse is not None:
+            ray.get(pulse.started.remote(number))
+            threading.Thread(target=self._beat, args=(number, pulse), daemon=True).start()
         self._generator = VLLMGenerator(spec)
+        if spec.engines.process == "child":
+            put_on_leash()
+
+    def _beat(self, number: int, pulse: Any) -> None:
+        while True:
+            generator = self._generator
+            steps, at_work = (generator.steps, generator.is_at_work) if generator is not None else (0, False)
+            pulse.beat.remote(number, steps, at_work)
+            time.sleep(BEAT_SECONDS)
 
     def ready(self) -> str:
-        """Returns the node this engine runs on, once it has started."""
-        return ray.get_runtime_context().get_node_id()
+        """The policy it runs, once it runs."""
+        return self.generator.policy
 
-    def load(self, policy: Policy) -> None:
-        self._generator.load(policy)
+    @property
+    def generator(self) -> VLLMGenerator:
+        assert self._generator is not None
+        return self._generator
+
+    def load(self, policy: Policy) -> str:
+        """Takes a policy; returns its name."""
+        self.generator.load(policy)
+        return self.generator.policy
+
+    def sleep(self) -> None:
+        self.generator.sleep()
+
+    def wake(self) -> None:
+        self.generator.wake()
 
     def sample(self, task: ChunkTask, decoding: Decoding, **how: Any) -> dict[str, int]:
         """Writes the completions of one chunk of questions in one language."""
-        rows = complete(self._generator, task.read(), decoding, **how)
-        task.output.write(task.name, table(Completion, rows))
-        return {
-            "rows": len(rows),
-            "tokens": sum(len(row["token_ids"]) for row in rows),
-            "unreadable": sum(row["answer"] is None for row in rows),
-        }
+        self.load(task.policy)
+        rows = complete(self.generator, task.read(), decoding, **how)
+        tokens = sum(len(row["token_ids"]) for row in rows)
+        return _put(task, Completion, rows, tokens=tokens, unreadable=sum(row["answer"] is None for row in rows))
 
     def predict(self, task: ChunkTask, **how: Any) -> dict[str, int]:
         """Writes the greedy answers to one chunk of questions in one language."""
-        rows = predict(self._generator, task.read(), **how)
-        task.output.write(task.name, table(Prediction, rows))
-        return {"rows": len(rows), "unreadable": sum(row["answer"] is None for row in rows)}
+        self.load(task.policy)
+        rows = predict(self.generator, task.read(), **how)
+        rows += [unanswered(question, task.policy.name) for question in task.left_out()]
+        return _put(task, Prediction, rows, unreadable=sum(row["answer"] is None for row in rows))
 
     def score(self, task: ChunkTask, form: CandidateForm) -> dict[str, int]:
         """Writes how likely the policy finds the candidates of one chunk in one language."""
+        self.load(task.policy)
         rows = task.read()
         if form.settings.form != "samples":  # samples come as candidate sets
-            rows = [form.of(question, self._generator.tokenizer) for question in rows]
-        scored = score(self._generator, rows, with_prompt=form.settings.score == "mean_full")
-        task.output.write(task.name, table(Scored, scored))
-        return {"rows": len(scored)}
+            rows = [form.of(question, self.generator.tokenizer) for question in rows]
+        return _put(task, Scored, score(self.generator, rows, with_prompt=form.settings.score == "mean_full"))
 
-    def write(self, messages: list[str], max_new_tokens: int) -> list[str]:
-        """The model's greedy reply to each message, for the translator; nothing to one that is too long to be read."""
-        prompts = [encode_prompt(self._generator.tokenizer, message) for message in messages]
-        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < self._generator.context_tokens]
+    def write(self, messages: list[str], max_new_tokens: int, policy: Policy) -> list[str]:
+        """The model's greedy reply to each message, for translators; nothing to one that is too long to be read."""
+        self.load(policy)
+        prompts = [encode_prompt(self.generator.tokenizer, message) for message in messages]
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < self.generator.context_tokens]
         greedy = Decoding(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=max_new_tokens)
         replies = [""] * len(messages)
-        generated = self._generator.generate([prompts[i] for i in fitting], greedy, [0] * len(fitting))
+        generated = self.generator.generate([prompts[i] for i in fitting], greedy, [0] * len(fitting))
         for i, (one,) in zip(fitting, generated, strict=True):
             replies[i] = one.text
         return replies
+
+
+def _put(task: ChunkTask, kind: type, rows: Sequence[Any], **counts: int) -> dict[str, int]:
+    """Writes a task's rows, if it is not a trial; returns their counts."""
+    if task.only is None:
+        task.output.write(task.name, table(kind, rows), counts=counts)
+    return {"rows": len(rows), **counts}
 
 
 Engine = ray.remote(EngineActor)

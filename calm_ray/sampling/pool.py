@@ -1,90 +1,283 @@
-"""The engine pool: a pool of warm actors for each language, or one that all languages share."""
+"""The engine pool: a pool of warm actors for each language, or one that all languages share, and their health.
+
+Engines are started once and stay warm until the pool is closed. One that dies, hangs or is lost with its machine is
+started again by Ray, elsewhere if need be, and serves only after it has taken the current policy.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from calm_ray.cluster import wait_until_ready
+from calm_ray.cluster import WAIT_SECONDS, free_resources, on_this_node
 from calm_ray.errors import CalmRayError
 from calm_ray.policies import Policy
-from calm_ray.sampling.engine import ChunkTask, Engine, EngineSpec
+from calm_ray.sampling.chunks import ChunkTask
+from calm_ray.sampling.dispatch import Dispatcher
+from calm_ray.sampling.engine import Engine, EngineSpec
+from calm_ray.sampling.health import NEXT, Health, Pulse
+from calm_ray.sampling.writers import Writers
+
+POLL_SECONDS = 1.0
+
+
+@dataclass
+class Member:
+    """An engine of the pool, as the driver sees it."""
+
+    number: int
+    home: str | None
+    """Its home language; None where engines are shared."""
+    actor: ActorHandle[Any]
+    health: Health = Health.RESTARTING
+    call: ray.ObjectRef[Any] | None = None
+    """What it is doing: starting, taking a policy, or a chunk."""
+    since: float = 0.0
+    task: ChunkTask | None = None
+    has_run: bool = False
+    starts: int = 0
+    """How often it had been started when it last died."""
+    deaths: int = 0
+    """Since it last finished something."""
+
+    @property
+    def name(self) -> str:
+        return f"engine {self.number}" + (f" ({self.home})" if self.home else "")
+
+    @property
+    def is_rested(self) -> bool:
+        """Whether its last call is some time ago: one that is not up yet says so at once."""
+        return time.monotonic() - self.since > POLL_SECONDS
+
+    def becomes(self, health: Health) -> None:
+        assert health in NEXT[self.health], f"{self.name}: {self.health} to {health}"
+        self.health = health
+
+    def calls(self, call: ray.ObjectRef[Any], task: ChunkTask | None = None) -> None:
+        self.call, self.task, self.since = call, task, time.monotonic()
 
 
 class EnginePool:
-    """Starts its engines once; they stay warm until the pool is closed.
-
-    Each engine has a home language (None where engines are shared). An engine without work at home takes chunks of the
+    """Each engine has a home language (None where engines are shared). One without work at home takes chunks of the
     language that has most left: the weights are the same.
     """
 
     def __init__(self, spec: EngineSpec, languages: list[str], say: Callable[[str], None]) -> None:
-        self.homes = spec.engines.homes(languages)
-        self.starts = 0
-        self._groups: list[PlacementGroup] = []
-        self._engines: list[ActorHandle[Any]] = []
+        self.spec, self._say = spec, say
+        self._settings = spec.engines
+        self.policy = Policy()
+        self._groups: dict[int, PlacementGroup] = {}
+        self.members: list[Member] = []
+        self._said = time.monotonic()
+        self._pulse = ray.remote(num_cpus=0)(Pulse).options(scheduling_strategy=on_this_node()).remote()
         try:
-            for home in self.homes:
-                self._engines.append(self._start(spec, home))
-            references = [engine.ready.remote() for engine in self._engines]
-            wait_until_ready(references, "engines", say)
-        except RayError as error:
-            self.close()
-            raise CalmRayError(f"an engine did not start: {error}") from error
+            for number, home in enumerate(spec.engines.homes(languages), start=1):
+                self.members.append(Member(number, home, self._create(number, home)))
+            self._drive_until(lambda: len(self._with(Health.HEALTHY)) >= self._settings.min_engines)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, spec: EngineSpec, home: str | None) -> ActorHandle[Any]:
-        self.starts += 1
-        name = f"engine-{self.starts}-{home or 'shared'}"
-        engines = spec.engines
-        if spec.device == "cpu":
-            return Engine.options(num_cpus=engines.cpus).remote(spec)
-        if engines.tensor_parallel_size == 1:
-            return Engine.options(num_cpus=engines.cpus, num_gpus=1).remote(spec)
-        # One bundle for each GPU of the engine, all on one node: vLLM starts its workers inside this group.
-        bundles = [{"GPU": 1.0, "CPU": 1.0} for _ in range(engines.tensor_parallel_size)]
-        group = placement_group(bundles, strategy="STRICT_PACK", name=name)
-        self._groups.append(group)
-        strategy = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
-        return Engine.options(num_cpus=0, num_gpus=0, scheduling_strategy=strategy).remote(spec)
+    def _create(self, number: int, home: str | None) -> ActorHandle[Any]:
+        spec = self.spec
+        options: dict[str, Any] = {"max_restarts": -1}
+        if spec.device == "cpu" or spec.engines.tensor_parallel_size == 1:
+            options |= {"num_cpus": spec.needs["CPU"], "num_gpus": spec.needs.get("GPU", 0)}
+        else:
+            options |= {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": self._in_group(number)}
+        return Engine.options(**options).remote(spec, number, self._pulse)
+
+    def _in_group(self, number: int) -> PlacementGroupSchedulingStrategy:
+        """Into one bundle for each GPU of the engine, all on one node: vLLM starts its workers inside this group."""
+        if number not in self._groups:
+            bundle = {"GPU": self.spec.gpu_share, "CPU": 1.0}
+            bundles = [bundle] * self.spec.engines.tensor_parallel_size
+            self._groups[number] = placement_group(bundles, strategy="STRICT_PACK", name=f"engine-{number}")
+        return PlacementGroupSchedulingStrategy(self._groups[number], 0, placement_group_capture_child_tasks=True)
+
+    def _with(self, *health: Health) -> list[Member]:
+        return [member for member in self.members if member.health in health]
 
     def load(self, policy: Policy) -> None:
-        """Every engine takes this policy before it gets more work."""
-        with _lost_engines_named():
-            ray.get([engine.load.remote(policy) for engine in self._engines])
+        """Every engine that runs takes this policy; the others do so before they serve again."""
+        self.policy = policy
+        for member in self._with(Health.HEALTHY, Health.SUSPECT):
+            member.becomes(Health.STALE)
+        self._drive_until(lambda: not self._with(Health.STALE) and bool(self._with(Health.HEALTHY)))
 
-    def run(self, method: str, tasks: Sequence[ChunkTask], **how: Any) -> Iterator[tuple[ChunkTask, dict[str, int]]]:
-        """Spreads tasks over the engines; yields each with the engine's counts as it finishes."""
-        queues: dict[str, deque[ChunkTask]] = {}
-        for task in tasks:
-            queues.setdefault(task.language, deque()).append(task)
-        running: dict[ray.ObjectRef[Any], tuple[int, ChunkTask]] = {}
+    def wait_for_all(self) -> None:
+        """Until every engine that was not given up can serve."""
+        self._drive_until(lambda: not self._with(Health.RESTARTING, Health.STALE, Health.SUSPECT, Health.DEAD))
 
-        def hand_out(number: int) -> None:
-            task = next_task(queues, self.homes[number])
-            if task is not None:
-                reference = getattr(self._engines[number], method).remote(task, **how)
-                running[reference] = (number, task)
+    def run(self, method: str, work: Dispatcher, **how: Any) -> Iterator[tuple[ChunkTask, dict[str, int]]]:
+        """Spreads chunks over the engines; yields each with the engine's counts as it is finished.
 
-        for number in range(len(self._engines)):
-            hand_out(number)
-        while running:
-            (reference,), _ = ray.wait(list(running), num_returns=1)
-            number, task = running.pop(reference)
-            with _lost_engines_named():
-                counts = ray.get(reference)
-            hand_out(number)
-            yield task, counts
+        Raises CalmRayError where fewer than `min_engines` are left, and for what no other engine could do better.
+        """
+        while not work.is_done:
+            for member in self._with(Health.HEALTHY):
+                if member.call is None and (task := work.next(member.home)) is not None:
+                    member.calls(getattr(member.actor, method).remote(task, **how), task)
+            yield from self._turn(work)
+
+    def _drive_until(self, is_done: Callable[[], bool]) -> None:
+        nothing = Dispatcher([], 0)
+        while not is_done():
+            for _ in self._turn(nothing):
+                pass
+
+    def _turn(self, work: Dispatcher) -> Iterator[tuple[ChunkTask, dict[str, int]]]:
+        """Waits for whatever ends first, a second at most, and looks after every engine."""
+        for member in self.members:
+            if member.call is None and member.health is Health.STALE:
+                member.calls(member.actor.load.remote(self.policy))
+            elif member.call is None and member.health is Health.RESTARTING and member.is_rested:
+                member.calls(member.actor.ready.remote())
+        calls = {member.call: member for member in self.members if member.call is not None}
+        if not calls:
+            time.sleep(POLL_SECONDS)
+        done, _ = ray.wait(list(calls), num_returns=1, timeout=POLL_SECONDS) if calls else ([], [])
+        for call in done:
+            yield from self._ended(calls[call], call, work)
+        self._look_after(work)
+
+    def _ended(
+        self, member: Member, call: ray.ObjectRef[Any], work: Dispatcher
+    ) -> Iterator[tuple[ChunkTask, dict[str, int]]]:
+        task, member.call, member.task = member.task, None, None
+        try:
+            result = ray.get(call)
+        except RayError as error:
+            self._failed(member, task, error, work)
+            return
+        if member.health is Health.RESTARTING:
+            member.has_run = True
+            member.becomes(Health.STALE)
+        elif task is None and member.health is Health.STALE:
+            if result == self.policy.name:
+                member.becomes(Health.HEALTHY)
+        elif task is not None:
+            member.deaths = 0
+            if work.finished(task):
+                yield task, result
+
+    def _failed(self, member: Member, task: ChunkTask | None, error: RayError, work: Dispatcher) -> None:
+        """What a call that raised means: bad input, which no engine can mend, or the end of the engine."""
+        if isinstance(error, RayTaskError) and isinstance(error.cause, CalmRayError):
+            raise error.cause
+        if member.health is Health.RESTARTING and isinstance(error, ActorUnavailableError):
+            return  # not yet
+        is_lost = isinstance(error, RayActorError) and error.actor_init_failed
+        if is_lost and not member.has_run:
+            raise CalmRayError(f"{member.name} did not start: {error}") from error
+        self._end(member, task, work, _reason(error), kill=not isinstance(error, RayActorError))
+        if is_lost and member.health is Health.RESTARTING:  # Ray does not start such a one again
+            member.actor = self._create(member.number, member.home)
+
+    def _end(self, member: Member, task: ChunkTask | None, work: Dispatcher, why: str, *, kill: bool) -> None:
+        """An engine is dead: its chunk goes to another one, and it is started again, unless it died too often."""
+        member.becomes(Health.DEAD)
+        member.call = member.task = None
+        member.deaths += 1
+        found = len(work.bad)
+        if task is not None and work.died(task, why):
+            member.deaths -= 1
+        if len(work.bad) > found:
+            bad = work.bad[-1]
+            self._say(f"bad prompt: {bad.question_id} in {bad.language} ends every engine and is left out")
+            for one in self.members:
+                one.deaths = 0
+        if member.deaths > self._settings.max_restarts:
+            self._retire(member, why)
+            return
+        doing = f" at {task.name}" if task is not None else ""
+        self._say(f"{member.name} died{doing}: {why}; it is started again")
+        if kill:
+            ray.kill(member.actor, no_restart=False)
+        member.becomes(Health.RESTARTING)
+        member.starts = ray.get(self._pulse.starts.remote()).get(member.number, 0)
+
+    def _retire(self, member: Member, why: object) -> None:
+        member.becomes(Health.RETIRED)
+        ray.kill(member.actor)
+        left = len(self.members) - len(self._with(Health.RETIRED))
+        self._say(f"{member.name} died {member.deaths} times without finishing anything and is given up; {left} left")
+        if left < self._settings.min_engines:
+            raise CalmRayError(
+                f"{left} engines are left, fewer than engines.min_engines ({self._settings.min_engines}); the last one "
+                f"died of: {why}\nWhat was done is kept; the same command goes on."
+            )
+
+    def _look_after(self, work: Dispatcher) -> None:
+        """Ends engines that hang; says what is waited for where none can work."""
+        silence, starts = ray.get([self._pulse.silence.remote(), self._pulse.starts.remote()])
+        for member in self._with(Health.RESTARTING):
+            if starts.get(member.number, 0) - member.starts > self._settings.max_restarts:
+                member.becomes(Health.DEAD)
+                self._retire(member, "it does not come up")
+        now, settings = time.monotonic(), self._settings
+        for member in self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE):
+            silent = silence.get(member.number, 0.0)
+            if member.call is not None and now - member.since > settings.chunk_seconds:
+                self._hangs(member, work, f"not done after {settings.chunk_seconds:g} s")
+            elif silent > settings.silent_seconds:
+                self._hangs(member, work, f"no sign of life for {silent:.0f} s")
+            elif silent > settings.silent_seconds / 2 and member.health is Health.HEALTHY:
+                member.becomes(Health.SUSPECT)
+                self._say(f"{member.name} is suspect: no sign of life for {silent:.0f} s")
+            elif silent <= settings.silent_seconds / 2 and member.health is Health.SUSPECT:
+                member.becomes(Health.HEALTHY)
+        if not self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE) and now - self._said > WAIT_SECONDS:
+            self._said = now
+            self._say(self._waiting())
+
+    def _hangs(self, member: Member, work: Dispatcher, why: str) -> None:
+        self._end(member, member.task, work, why, kill=True)
+
+    def _waiting(self) -> str:
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in self.spec.needs.items() if amount)
+        count = len(self._with(Health.RESTARTING))
+        return f"waiting for engines: {count} to start, each needs {wanted} on one node; {free_resources()}"
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """The engines give back their GPUs' memory meanwhile (`placement: colocate`)."""
+        self._tell_all("sleep")
+        try:
+            yield
+        finally:
+            self._tell_all("wake")
+
+    def _tell_all(self, method: str) -> None:
+        for member in self._with(Health.HEALTHY):
+            try:
+                ray.get(getattr(member.actor, method).remote(), timeout=self._settings.silent_seconds)
+            except RayError as error:
+                self._end(member, None, Dispatcher([], 0), _reason(error), kill=True)
+
+    @property
+    def writers(self) -> Writers:
+        """The engines as writers of texts, for Ray Data's tasks and for translators."""
+        actors = [member.actor for member in self.members if member.health is not Health.RETIRED]
+        return Writers(actors, self.policy, self._settings.chunk_seconds)
+
+    @property
+    def starts(self) -> int:
+        """How often engines were started, all together."""
+        return sum(ray.get(self._pulse.starts.remote()).values())
+
+    def states(self) -> Counter[Health]:
+        return Counter(member.health for member in self.members)
 
     def __enter__(self) -> EnginePool:
         return self
@@ -92,41 +285,18 @@ class EnginePool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def write(self, messages: Sequence[str], max_new_tokens: int) -> list[str]:
-        """The model's greedy reply to each message."""
-        with _lost_engines_named():
-            return spread(self._engines, messages, max_new_tokens)
-
-    @property
-    def engines(self) -> list[ActorHandle[Any]]:
-        return list(self._engines)
-
     def close(self) -> None:
-        for engine in self._engines:
-            ray.kill(engine)
-        for group in self._groups:
+        for member in self.members:
+            ray.kill(member.actor)
+        for group in self._groups.values():
             remove_placement_group(group)
-        self._engines, self._groups = [], []
+        ray.kill(self._pulse)
+        self.members, self._groups = [], {}
 
 
-def spread(engines: Sequence[ActorHandle[Any]], messages: Sequence[str], max_new_tokens: int) -> list[str]:
-    """The engines' greedy reply to each message, all of them at work."""
-    parts = [list(messages[number :: len(engines)]) for number in range(len(engines))]
-    replies = ray.get([engine.write.remote(p, max_new_tokens) for engine, p in zip(engines, parts, strict=True)])
-    return [replies[i % len(parts)][i // len(parts)] for i in range(len(messages))]
-
-
-@contextmanager
-def _lost_engines_named() -> Iterator[None]:
-    try:
-        yield
-    except RayError as error:
-        raise CalmRayError(f"an engine failed: {error}\nWhat was done is kept; the same command goes on.") from error
-
-
-def next_task(queues: dict[str, deque[ChunkTask]], home: str | None) -> ChunkTask | None:
-    """The next task for an engine: of its home language, else of the language with most left; None if all is done."""
-    if home is not None and queues.get(home):
-        return queues[home].popleft()
-    longest = max(queues.values(), key=len, default=None)
-    return longest.popleft() if longest else None
+def _reason(error: Exception) -> str:
+    """Why a call failed, in one line: of a remote traceback the last one."""
+    if isinstance(error, RayActorError) and not error.actor_init_failed:
+        return "its machine is taken back" if error.preempted else "its process or its machine is gone"
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -10,18 +10,22 @@ import pytest
 import ray
 import torch
 from factories import read_questions
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from small_runs import make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calm_ray.policies import BaseModel, Policy, publish
+from calm_ray.policies import BaseModel, Policy
 from calm_ray.questions.reader import write_chunks
 from calm_ray.rows import Question, rows_of
-from calm_ray.rundir import RunDir, Stage
-from calm_ray.sampling.engine import ChunkTask, EngineActor, EngineSpec
+from calm_ray.rundir import RunDir
+from calm_ray.sampling.chunks import ChunkTask
+from calm_ray.sampling.dispatch import Dispatcher
+from calm_ray.sampling.engine import EngineActor, EngineSpec
 from calm_ray.sampling.generator import Decoding
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.sampling.prompts import prompt_text
 from calm_ray.sections import Engines, Lora
+from calm_ray.stage import Stage
 
 LANGUAGES = ["en", "fr"]
 LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"])
@@ -46,32 +50,23 @@ def pool(ray_8_cpus: None, babbler: Path) -> Iterator[EnginePool]:
         yield pool
 
 
-def make_adapter(model: Path, folder: Path, storage_of: RunDir, round_number: int) -> Policy:
-    """An adapter with weights large enough to change what the model says."""
-    torch.manual_seed(round_number)
-    base = AutoModelForCausalLM.from_pretrained(model)
-    config = LoraConfig(r=LORA.r, lora_alpha=LORA.alpha, target_modules=LORA.targets, task_type="CAUSAL_LM")
-    adapted = get_peft_model(base, config)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    adapted.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)
-    return publish(folder, storage_of.storage, f"policies/{round_number}", round_number, "adapter")
-
-
 def sample(pool: EnginePool, run: RunDir, output: Stage, seed: int = 0) -> list[Any]:
     questions = run.questions("align")
-    tasks = [ChunkTask(questions, output, chunk, code) for chunk in sorted(questions.chunks()) for code in LANGUAGES]
+    tasks = [
+        ChunkTask(questions, output, chunk, code, pool.policy)
+        for chunk in sorted(questions.chunks())
+        for code in LANGUAGES
+    ]
     decoding = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=40)
-    for _ in pool.run("sample", tasks, decoding=decoding, instruction=False, seed=seed, round_number=1):
+    for _ in pool.run(
+        "sample", Dispatcher(tasks, most_bad=0), decoding=decoding, instruction=False, seed=seed, round_number=1
+    ):
         pass
     return rows_of(output.read())
 
 
 def test_a_pool_for_each_language_samples_every_question(pool: EnginePool, run: RunDir) -> None:
-    assert pool.homes == ["en", "fr"]
+    assert [member.home for member in pool.members] == ["en", "fr"]
     rows = sample(pool, run, run.stage(1, "sample"))
     ids = [(row["question_id"], row["language"], row["sample"]) for row in rows]
     assert len(ids) == len(set(ids)) == 24 * 2 * 3
@@ -94,7 +89,7 @@ def test_the_same_seed_samples_the_same_text(pool: EnginePool, run: RunDir) -> N
 
 def test_a_new_policy_is_taken_by_running_engines(pool: EnginePool, run: RunDir, babbler: Path, tmp_path: Path) -> None:
     before = sample(pool, run, Stage(run.storage.under("swap/before")), seed=7)
-    policies = [make_adapter(babbler, tmp_path / str(n), run, n) for n in (1, 2)]
+    policies = [make_adapter(babbler, tmp_path / str(n), run, n, LORA) for n in (1, 2)]
     texts = []
     for policy in policies:
         pool.load(policy)
@@ -107,7 +102,7 @@ def test_a_new_policy_is_taken_by_running_engines(pool: EnginePool, run: RunDir,
     assert texts[0] != texts[1] != [row["token_ids"] for row in before]
     same = sum(a["token_ids"] == b["token_ids"] for a, b in zip(before, after, strict=True)) / len(before)
     assert same > 0.9
-    assert pool.starts == len(pool.engines) == 2
+    assert pool.starts == len(pool.members) == 2
 
 
 def scoring_engine() -> type[EngineActor]:
@@ -158,7 +153,7 @@ def test_refreshed_engines_and_peft_give_the_same_log_probabilities(
     tokens = what_it_says(babbler, read_questions(str(question_files[0]), LANGUAGES)[0])
     base = torch.tensor(ray.get(engine.score.remote(tokens)))
     for number in (3, 4):
-        policy = make_adapter(babbler, tmp_path / str(number), run, number)
+        policy = make_adapter(babbler, tmp_path / str(number), run, number, LORA)
         ray.get(engine.load.remote(policy))
         engine_logps = torch.tensor(ray.get(engine.score.remote(tokens)))
         expected = peft_logps(babbler, tmp_path / str(number), tokens)

@@ -6,7 +6,7 @@ from factories import scored_tables
 
 from calm_ray.evaluation.from_scores import answers_of, changed_answers
 from calm_ray.rows import Prediction, table
-from calm_ray.rundir import Stage
+from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 
 

@@ -17,10 +17,10 @@ from calm_ray.preferences.voting import ballots_of, elect, vote_rows
 from calm_ray.questions.reader import write_chunks
 from calm_ray.ray_data import count_over, over_chunks
 from calm_ray.rows import Completion, Question, rows_of, table
-from calm_ray.rundir import Stage
 from calm_ray.sampling.complete import encode_prompt
 from calm_ray.sampling.prompts import LETTERS, prompt_text
 from calm_ray.sections import Preferences
+from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 from calm_ray.testing import write_tiny_model
 from calm_ray.world.generator import World, build_world, lexicon, world_questions

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from calm_ray.errors import CalmRayError
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.rows import rows_of
-from calm_ray.rundir import Stage
 from calm_ray.sections import Lora, Train
+from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 from calm_ray.training.loop import TrainJob

@@ -14,11 +14,13 @@ from factories import pairs_stage, question, tiny_model
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.questions.reader import write_chunks
 from calm_ray.rows import rows_of
-from calm_ray.rundir import Stage
-from calm_ray.sampling.engine import ChunkTask, EngineSpec
+from calm_ray.sampling.chunks import ChunkTask
+from calm_ray.sampling.dispatch import Dispatcher
+from calm_ray.sampling.engine import EngineSpec
 from calm_ray.sampling.generator import Decoding
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.sections import Engines, Lora, Train
+from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round
@@ -82,7 +84,7 @@ def greedy(model: Path, folder: Path, **engines: Any) -> list[list[int]]:
     tasks = [ChunkTask(questions, output, chunk, "en") for chunk in questions.chunks()]
     with EnginePool(spec, ["en"], print) as pool:
         decoding = Decoding(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=16)
-        list(pool.run("sample", tasks, decoding=decoding, instruction=True, seed=0, round_number=1))
+        list(pool.run("sample", work, decoding=decoding, instruction=True, seed=0, round_number=1))
     return [row["token_ids"] for row in rows_of(output.read())]
 
 

@@ -19,7 +19,8 @@ from calm_ray.errors import InputError
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.recipes import RECIPES, load_config
 from calm_ray.rows import Completion, Question, rows_of, table
-from calm_ray.rundir import RunDir, Stage
+from calm_ray.rundir import RunDir
+from calm_ray.stage import Stage
 
 RECIPE: dict[str, Any] = {
     "name": "t1",
@@ -134,6 +135,7 @@ def test_a_run_that_differs_is_in_the_way_of_all(tmp_path: Path, capsys: pytest.
     comparison = compared(tmp_path, ["calm", "dco"])
     dco = comparison.contenders[1]
     dco.run.begin(dco.settings, {}, overwrite=False)
+    dco.run.stage(1, "train").finish({})
     assert main([str(tmp_path / "recipe.yaml"), "--methods", "calm", "dco", "train.epochs=2"]) == 2
     assert "train.epochs: 4 there, 2 here" in capsys.readouterr().err
     assert not (tmp_path / "t1-calm").exists()

@@ -12,7 +12,7 @@ from calm_ray.questions.sources import open_source
 from calm_ray.questions.survey import survey
 from calm_ray.questions.survey_table import print_survey, show_questions
 from calm_ray.rows import Question, rows_of, table
-from calm_ray.rundir import Stage
+from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 
 GOOD = [question(q, code, gold="B") for q in ("q1", "q2", "q3") for code in ("en", "fr")]

@@ -4,6 +4,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from calm_ray.changes import earliest
 from calm_ray.errors import CalmRayError, InputError
 from calm_ray.policies import BaseModel, Policy, fetch, publish, require_safetensors
 from calm_ray.recipes import load_config
@@ -29,13 +30,64 @@ def test_the_same_command_goes_on(tmp_path: Path) -> None:
     assert not again.stage(1, "pairs").is_finished
 
 
-def test_another_configuration_is_refused_with_its_differences(tmp_path: Path) -> None:
-    started(tmp_path)
+def test_another_configuration_is_refused_with_its_differences_and_what_it_would_undo(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    changed = {"name": "run", "train": {"epochs": 2, "beta": 0.1}}
+    run.stage(1, "pairs").finish({})
+    run.check(changed, overwrite=False)  # there is nothing yet that depends on it
+    for name in ("train", "evaluate"):
+        run.stage(1, name).finish({})
     with pytest.raises(InputError) as refused:
-        RunDir(str(tmp_path), "run").check({"name": "run", "train": {"epochs": 2, "beta": 0.1}}, overwrite=False)
+        run.check(changed, overwrite=False)
     assert "train.epochs: 3 there, 2 here" in str(refused.value)
     assert "beta" not in str(refused.value)
+    assert "done again: rounds/1/train, rounds/1/evaluate." in str(refused.value)
+    assert "--redo" in str(refused.value)
     assert "--overwrite" in str(refused.value)
+
+
+def test_what_a_changed_configuration_makes_invalid_is_done_again_when_told(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    for number, name in [(0, "evaluate"), (1, "sample"), (1, "votes"), (1, "pairs"), (1, "train"), (2, "sample")]:
+        run.stage(number, name).finish({})
+    changed = {"name": "run", "train": {"epochs": 3, "beta": 0.2}}
+    run.check(changed, overwrite=False, redo=True)
+    said = run.begin(changed, {}, overwrite=False)
+    assert said[0] == "changed: train.beta: 0.1 there, 0.2 here"
+    assert run.stages() == [(0, "evaluate"), (1, "sample")]
+    run.check(changed, overwrite=False)
+    assert run.begin(changed, {}, overwrite=False) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "step"),
+    [
+        (["train.workers", "engines.cpus", "rounds"], "nothing"),
+        (["train.workers", "train.learning_rate"], "train"),
+        (["train.beta"], "pairs"),
+        (["preferences.ties", "train.epochs"], "pairs"),
+        (["sampling.temperature"], "sample"),
+        (["engines.dtype", "method"], "evaluate"),
+        (["languages", "train.epochs"], "questions"),
+        (["a_key_that_comes_later"], "questions"),
+        ([], "nothing"),
+    ],
+)
+def test_a_change_has_its_first_effect_somewhere(keys: list[str], step: str) -> None:
+    assert earliest(keys) == step
+
+
+def test_more_rounds_go_on_with_a_finished_run(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path), "run")
+    run.begin({"rounds": 1}, {}, overwrite=False)
+    run.stage(1, "train").finish({})
+    run.finish({})
+    with pytest.raises(InputError, match="raise rounds to go on"):
+        run.check({"rounds": 1}, overwrite=False)
+    run.check({"rounds": 2}, overwrite=False)
+    run.begin({"rounds": 2}, {}, overwrite=False)
+    assert not run.is_finished
+    assert run.stage(1, "train").is_finished
 
 
 def test_a_finished_run_is_refused_and_overwritten_only_when_told(tmp_path: Path) -> None:
@@ -157,5 +209,6 @@ def test_a_run_from_before_a_key_was_there_goes_on(tmp_path: Path) -> None:
     run = RunDir(str(tmp_path), "old")
     run.begin(older, {}, overwrite=False)
     run.check(settings, overwrite=False)
+    run.stage(1, "pairs").finish({})
     with pytest.raises(InputError, match=r"preferences\.ties: 'drop' there, 'smallest' here"):
         run.check(load_config(None, ["preferences.ties=smallest"]).model_dump(mode="json"), overwrite=False)

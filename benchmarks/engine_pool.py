@@ -1,0 +1,128 @@
+"""What the pool, the chunks and their manifest cost: sampling through calm_ray beside a bare loop over `LLM.generate`.
+
+    python benchmarks/engine_pool.py [--prompts 768] [--turns 3]
+
+The same engine settings, prompts, chunks, seeds and decoding, on one engine each, a Llama of the demo's size with
+random weights. The bare loop keeps what it is given in memory; calm_ray reads questions, extracts answers, and writes
+Parquet and manifest. The two take turns; the median of the ratios counts. Start-up does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ray
+
+from calm_ray.cluster import Needs, cluster
+from calm_ray.policies import BaseModel
+from calm_ray.questions.reader import write_chunks
+from calm_ray.rows import Question
+from calm_ray.rundir import RunDir
+from calm_ray.sampling.chunks import ChunkTask
+from calm_ray.sampling.complete import encode_prompt
+from calm_ray.sampling.dispatch import Dispatcher
+from calm_ray.sampling.engine import EngineSpec, engine_args, set_environment
+from calm_ray.sampling.generator import Decoding
+from calm_ray.sampling.pool import EnginePool
+from calm_ray.sampling.prompts import prompt_text
+from calm_ray.sections import Engines
+from calm_ray.seeds import derive_seed
+from calm_ray.stage import Stage
+from calm_ray.testing import word_tokenizer, write_tiny_model
+
+WORDS = [f"w{number}" for number in range(2000)]
+DECODING = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=48)
+CHUNK = 84
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=768)
+    parser.add_argument("--turns", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, cluster(Needs([(1, {"CPU": 2.0})]), print):
+        model = write_tiny_model(Path(folder) / "model", word_tokenizer([*WORDS, *"ABCD.", "\n"]), width=192, layers=4)
+        run = RunDir(folder, "run")
+        write_chunks([question(number) for number in range(options.prompts)], run.questions("align"), CHUNK)
+        settings = Engines(shared=1, cpus=0.5, args={"max_model_len": 128, "max_num_seqs": 128})
+        spec = EngineSpec(BaseModel(str(model)), settings, None, "cpu", seed=0)
+        bare = ray.remote(num_cpus=0.5)(bare_loop()).remote(spec, run.questions("align"))
+        with EnginePool(spec, ["en"], print) as pool:
+            ratios = [turn(pool, bare, run, number) for number in range(options.turns + 1)][1:]  # the first warms up
+    cost = 100 * (median(ratios) - 1)
+    print(f"median of {options.turns}: calm_ray takes {cost:+.1f} % of the bare loop's time")
+
+
+def turn(pool: EnginePool, bare: Any, run: RunDir, number: int) -> float:
+    """The seconds of one pass through the pool by those of one through the bare loop."""
+    plain = seconds(lambda: ray.get(bare.generate_all.remote()))
+    pooled = seconds(lambda: sample(pool, run, Stage(run.storage.under(f"turn-{number}"))))
+    print(f"bare {plain:.1f} s, calm_ray {pooled:.1f} s, {pooled / plain:.3f}")
+    return pooled / plain
+
+
+def sample(pool: EnginePool, run: RunDir, output: Stage) -> None:
+    questions = run.questions("align")
+    work = Dispatcher([ChunkTask(questions, output, chunk, "en") for chunk in sorted(questions.chunks())], most_bad=0)
+    for _ in pool.run("sample", work, decoding=DECODING, instruction=False, seed=0, round_number=1):
+        pass
+    output.finish({})
+
+
+def bare_loop() -> type:
+    class BareLoop:
+        """An engine that is given the same prompts, chunk by chunk, and does nothing else."""
+
+        def __init__(self, spec: EngineSpec, questions: Stage) -> None:
+            set_environment(spec)
+            from vllm import LLM
+
+            self._llm = LLM(**engine_args(spec, spec.model.local_folder()))
+            self._chunks = [questions.read_chunk(chunk).to_pylist() for chunk in sorted(questions.chunks())]
+
+        def generate_all(self) -> int:
+            return sum(self.generate(chunk) for chunk in self._chunks)
+
+        def generate(self, chunk: list[Any]) -> int:
+            from vllm import SamplingParams
+            from vllm.inputs import TokensPrompt
+
+            tokenizer = self._llm.get_tokenizer()
+            prompts = [encode_prompt(tokenizer, prompt_text(row, False)) for row in chunk]
+            params = [
+                SamplingParams(
+                    n=DECODING.samples,
+                    temperature=DECODING.temperature,
+                    top_p=DECODING.top_p,
+                    max_tokens=DECODING.max_new_tokens,
+                    seed=derive_seed(0, 1, row["question_id"], "en"),
+                )
+                for row in chunk
+            ]
+            asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+            outputs = self._llm.generate(asked, params, use_tqdm=False)
+            return sum(len(one.token_ids) for output in outputs for one in output.outputs)
+
+    return BareLoop
+
+
+def question(number: int) -> Question:
+    text = " ".join(WORDS[(31 * number + 7 * i) % len(WORDS)] for i in range(30))
+    return Question(
+        question_id=f"q{number}", language="en", text=text, choices=["w1", "w2", "w3", "w4"], gold=None, subject=None
+    )
+
+
+def seconds(work: Any) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+if __name__ == "__main__":
+    main()

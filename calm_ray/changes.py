@@ -1,0 +1,90 @@
+"""A run that is gone on with under another configuration: which of its stages that makes invalid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+Step = Literal["questions", "evaluate", "sample", "pairs", "train", "nothing"]
+"""Where in the run a key has its first effect: everything from there on depends on it. `evaluate` is that of the policy
+before training; the others are those of round 1."""
+
+STEPS: tuple[Step, ...] = ("questions", "evaluate", "sample", "pairs", "train", "nothing")
+
+# The longest key that fits counts; what is in none of them changes everything.
+FIRST_EFFECT: dict[str, Step] = {
+    "name": "nothing",
+    "storage": "nothing",
+    "rounds": "nothing",
+    "placement": "nothing",
+    "method": "sample",
+    "device": "evaluate",
+    "engines": "nothing",
+    "engines.dtype": "evaluate",
+    "engines.refresh": "evaluate",
+    "engines.args": "evaluate",
+    "sampling": "evaluate",
+    "sampling.completions": "sample",
+    "sampling.temperature": "sample",
+    "sampling.top_p": "sample",
+    "sampling.prompts_per_chunk": "questions",
+    "candidates": "evaluate",
+    "preferences": "pairs",
+    "preferences.extraction": "evaluate",
+    "dco": "pairs",
+    "train": "train",
+    "train.beta": "pairs",
+    "train.reference": "pairs",
+    "train.workers": "nothing",
+    "train.cpus_per_worker": "nothing",
+    "train.max_failures": "nothing",
+    "train.checkpoint_steps": "nothing",
+    "train.pack_tokens": "nothing",
+    "train.activation_checkpointing": "nothing",
+    "train.shards": "nothing",
+}
+
+STEPS_OF_A_ROUND = ("sample", "pairs", "train", "evaluate")
+PARTS_OF = {
+    "sample": ("sample",),
+    "pairs": ("candidates", "reference_score", "reference_evaluate", "votes", "pairs"),
+    "train": ("train",),
+    "evaluate": ("evaluate", "score", "optimal", "changed"),
+}
+"""The folders that each step of a round makes."""
+
+
+def differences(before: Any, after: Any, path: str = "") -> dict[str, str]:
+    """The keys in which two configurations differ, each with what it was and what it is."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        found: dict[str, str] = {}
+        for key in dict.fromkeys([*before, *after]):
+            found |= differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return {} if before == after else {path: f"{before!r} there, {after!r} here"}
+
+
+def first_effect(key: str) -> Step:
+    """Where a key of the configuration has its first effect."""
+    words = key.split(".")
+    prefixes = (".".join(words[:count]) for count in range(len(words), 0, -1))
+    return next((FIRST_EFFECT[prefix] for prefix in prefixes if prefix in FIRST_EFFECT), "questions")
+
+
+def earliest(keys: Iterable[str]) -> Step:
+    return min((first_effect(key) for key in keys), key=STEPS.index, default="nothing")
+
+
+def invalid_stages(step: Step, there: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Of the stages that are there, (round, name), those that are invalid from a step on."""
+    if step == "nothing":
+        return []
+    if step in ("questions", "evaluate"):
+        return list(there)
+    return [(number, name) for number, name in there if number > 1 or (number == 1 and follows(name, step))]
+
+
+def follows(name: str, step: str) -> bool:
+    """Whether a stage of a round is made in a step of it, or after that."""
+    made_in = next(step for step, parts in PARTS_OF.items() if name in parts)
+    return STEPS_OF_A_ROUND.index(made_in) >= STEPS_OF_A_ROUND.index(step)

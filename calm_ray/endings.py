@@ -1,0 +1,41 @@
+"""How a command ends: 0 done, 1 failed, 2 bad input, 3 the cluster cannot hold it, 130 interrupted."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from calm_ray.errors import CalmRayError
+
+INTERRUPTED = 130
+
+
+def exit_code_of(command: Callable[[], None], *, goes_on: bool = False) -> int:
+    """Runs a command and says in one message why it did not end well; `goes_on`: it takes up what it had begun."""
+    end_on_sigterm()
+    try:
+        command()
+    except CalmRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted" + ("; the same command goes on from here" if goes_on else ""), file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def end_on_sigterm() -> None:
+    """SIGTERM is what batch systems and `ray job stop` send: it ends a command as Ctrl-C does.
+
+    Called again whenever Ray has started, which puts its own handler in this place.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(signal_number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being put away now is put away to its end
+    raise KeyboardInterrupt

@@ -1,0 +1,46 @@
+"""A run that is gone on with: what it holds is compared with its manifests, and what is torn or gone is made again."""
+
+from __future__ import annotations
+
+from calm_ray.policies import Policy
+from calm_ray.progress import say, step
+from calm_ray.rundir import RunDir
+from calm_ray.stage import Stage
+
+TOGETHER = {"votes": "pairs"}
+"""Chunks that are written together with those of another stage."""
+
+
+def mend(run: RunDir) -> None:
+    """Takes out of the run's manifests what is not as it was written, and says so; whole files are left alone."""
+    stages = run.all_stages()
+    for stage in stages.values():
+        stage.recover()
+    files = sum(len(stage.names()) for stage in stages.values())
+    if not files:
+        return
+    with step("check what is there", files) as progress:
+        flawed = {name: stage.flawed(progress.advance) for name, stage in stages.items()}
+    for name, files_of in flawed.items():
+        if not files_of:
+            continue
+        say(f"{name}: {len(files_of)} files are gone or not what was written ({files_of[0]})")
+        number, _, part = name.removeprefix("rounds/").partition("/")
+        if part == "train":
+            _mend_training(run, int(number), stages[name], files_of)
+            continue
+        stages[name].forget(files_of)
+        if part in TOGETHER:
+            run.stage(int(number), TOGETHER[part]).forget(files_of)
+
+
+def _mend_training(run: RunDir, number: int, stage: Stage, flawed: list[str]) -> None:
+    """A lost policy is trained again, if nothing came after it; what led to it is not needed any more."""
+    is_lost = any(name.startswith("policy") for name in flawed)
+    record = stage.record
+    stage.forget(flawed)
+    later = [n for n, name in run.stages() if n > number and name == "train" and run.stage(n, name).is_finished]
+    if not is_lost or later:
+        if is_lost:
+            say(f"  policy {Policy(**record['policy']).name} is lost; round {later[0]} has gone on from it, and stays")
+        stage.finish(record)

@@ -1,0 +1,47 @@
+"""What an engine is asked to do: one language of one chunk of questions, under one policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from calm_ray.policies import Policy
+from calm_ray.rows import rows_of
+from calm_ray.stage import Stage
+
+
+@dataclass(frozen=True)
+class ChunkTask:
+    """One language of one chunk of questions, and the stage its rows are written into."""
+
+    questions: Stage
+    """Questions, or the candidate sets made of them."""
+    output: Stage
+    chunk: str
+    language: str
+    policy: Policy = field(default_factory=Policy)
+    """By whom. An engine that has another one, since it was started anew, takes this one first."""
+    without: frozenset[str] = frozenset()
+    """Questions that are left out: they end every engine."""
+    only: tuple[str, ...] | None = None
+    """A trial: just these questions, and nothing is written."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.chunk}-{self.language}"
+
+    def read(self) -> list[Any]:
+        """The rows of the chunk in the task's language that the task is about, in their order."""
+        asked = None if self.only is None else set(self.only)
+        return [
+            row
+            for row in self._rows()
+            if row["question_id"] not in self.without and (asked is None or row["question_id"] in asked)
+        ]
+
+    def left_out(self) -> list[Any]:
+        """The rows of questions that end every engine."""
+        return [row for row in self._rows() if row["question_id"] in self.without] if self.without else []
+
+    def _rows(self) -> list[Any]:
+        return [row for row in rows_of(self.questions.read_chunk(self.chunk)) if row["language"] == self.language]

@@ -1,0 +1,131 @@
+"""Engines are killed while they sample and while they do not: nothing is lost or there twice, no policy is stale.
+
+One pool of three engines goes through all of it, so that what an accident leaves behind would show in the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from factories import read_questions
+from small_runs import LANGUAGES, make_adapter
+
+from calm_ray.policies import BaseModel, Policy
+from calm_ray.questions.reader import write_chunks
+from calm_ray.rows import rows_of
+from calm_ray.rundir import RunDir
+from calm_ray.sampling.chunks import ChunkTask
+from calm_ray.sampling.dispatch import Dispatcher
+from calm_ray.sampling.engine import EngineSpec
+from calm_ray.sampling.generator import Decoding
+from calm_ray.sampling.health import Health
+from calm_ray.sampling.pool import EnginePool
+from calm_ray.sections import Engines, Lora
+from calm_ray.stage import Stage
+
+ENGINES = 3
+MOMENTS = int(os.environ.get("MOMENTS", "1"))
+LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, question_files: tuple[Path, Path]) -> RunDir:
+    run = RunDir(str(tmp_path_factory.mktemp("storage")), "chaos")
+    write_chunks(read_questions(str(question_files[0]), LANGUAGES), run.questions("align"), prompts_per_chunk=4)
+    return run
+
+
+@pytest.fixture(scope="module")
+def policy(babbler: Path, run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    """An adapter: an engine that is started again has the base model at first."""
+    return make_adapter(babbler, tmp_path_factory.mktemp("adapter") / "1", run, 1, LORA)
+
+
+@pytest.fixture(scope="module", params=["actor", "child"])
+def pool(request: pytest.FixtureRequest, ray_8_cpus: None, babbler: Path, policy: Policy) -> Iterator[EnginePool]:
+    settings = Engines(
+        shared=ENGINES, cpus=0.5, min_engines=ENGINES, process=request.param, max_restarts=20,
+        args={"max_model_len": 128, "max_num_seqs": 16},
+    )  # fmt: skip
+    spec = EngineSpec(BaseModel(str(babbler)), settings, LORA, "cpu", seed=0)
+    with EnginePool(spec, LANGUAGES, print) as pool:
+        pool.load(policy)
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pool: EnginePool, run: RunDir) -> set[tuple[str, str, int]]:
+    output = Stage(run.storage.under("undisturbed"))
+    for _ in sampling(pool, run, output):
+        pass
+    return set(ids_of(output))
+
+
+def sampling(pool: EnginePool, run: RunDir, output: Stage) -> Iterator[ChunkTask]:
+    questions = run.questions("align")
+    tasks = [
+        ChunkTask(questions, output, chunk, code, pool.policy)
+        for chunk in sorted(questions.chunks())
+        for code in LANGUAGES
+    ]
+    decoding = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=40)
+    work = Dispatcher(tasks, most_bad=0)
+    for task, _ in pool.run("sample", work, decoding=decoding, instruction=False, seed=0, round_number=1):
+        yield task
+    assert work.bad == []
+
+
+def ids_of(output: Stage) -> list[tuple[str, str, int]]:
+    return [(row["question_id"], row["language"], row["sample"]) for row in rows_of(output.read())]
+
+
+def engine_processes(pool: EnginePool) -> list[psutil.Process]:
+    """The processes that compute: the actors, or vLLM's core that is their child."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("ray::EngineActor"):
+            found.append(process)
+    actors = found or [p for p in psutil.process_iter() if "EngineActor" in " ".join(p.cmdline()[:1])]
+    if pool.spec.engines.process == "actor":
+        return actors
+    return [max(actor.children(), key=lambda child: child.memory_info().rss) for actor in actors]
+
+
+@pytest.mark.parametrize("moment", range(MOMENTS))
+@pytest.mark.parametrize("victims", [1, ENGINES - 1], ids=["one engine", "all engines but one"])
+@pytest.mark.parametrize("when", ["idle", "sampling"])
+def test_a_killed_engine_loses_nothing(
+    pool: EnginePool, run: RunDir, undisturbed: set[tuple[str, str, int]], policy: Policy, when: str, victims: int,
+    moment: int,
+) -> None:  # fmt: skip
+    rng = random.Random(f"{when} {victims} {moment}")
+    output = Stage(run.storage.under(f"{pool.spec.engines.process}/{when}-{victims}-{moment}"))
+    before = pool.starts
+    processes = engine_processes(pool)
+    assert len(processes) == ENGINES
+    chosen = rng.sample(processes, victims)
+    at = rng.randrange(1, 5)
+    if when == "idle":
+        kill(chosen)
+    for number, _ in enumerate(sampling(pool, run, output), start=1):
+        if when == "sampling" and number == at:
+            kill(chosen)
+    rows = rows_of(output.read())
+    assert {row["policy"] for row in rows} == {policy.name}
+    assert len(rows) == len(ids_of(output)) == len(set(ids_of(output)))
+    assert set(ids_of(output)) == undisturbed
+    assert output.flawed() == []
+    pool.wait_for_all()
+    assert pool.states() == {Health.HEALTHY: ENGINES}
+    assert pool.starts == before + victims
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGKILL)

@@ -1,0 +1,111 @@
+"""Fixtures of tests/cluster and tests/chaos: real Ray on this machine, small real models."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from calm_ray.policies import Policy, publish
+from calm_ray.rundir import RunDir
+from calm_ray.sections import Lora
+from calm_ray.world.generator import build_world, world_questions
+from calm_ray.world.pretraining import pretrain
+
+LANGUAGES = ["en", "fr"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own, for all their processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("CALM_RAY_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers in the right form, and mostly wrong: a demo model that went to school for seconds."""
+    folder = tmp_path_factory.mktemp("babbler")
+    pretrain(build_world(100), folder, [(150, {"question": 24})])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def question_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Questions of a demo world as a user's own files: 24 to align on, 12 held out, in two languages."""
+    folder = tmp_path_factory.mktemp("questions")
+    files = []
+    for name, rows, count in zip(("align", "evaluate"), world_questions(build_world(100)), (24, 12), strict=True):
+        ids = list(dict.fromkeys(row["question_id"] for row in rows))[:count]
+        chosen = [row for row in rows if row["question_id"] in ids and row["language"] in LANGUAGES]
+        files.append(folder / f"{name}.jsonl")
+        files[-1].write_text("\n".join(json.dumps(row) for row in chosen))
+    return files[0], files[1]
+
+
+@pytest.fixture(scope="session")
+def make_recipe(
+    babbler: Path, question_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Writes a recipe for a run of one small round; takes the keys that differ."""
+
+    def make(**changes: Any) -> Path:
+        align, evaluate = (str(file) for file in question_files)
+        recipe: dict[str, Any] = {
+            "languages": LANGUAGES,
+            "model": str(babbler),
+            "device": "cpu",
+            "questions": {"align": align, "evaluate": evaluate},
+            "sampling": {"max_new_tokens": 40, "instruction": False, "prompts_per_chunk": 8},
+            "engines": {
+                "shared": 1, "cpus": 0.5, "dtype": "float32", "refresh": "merged",
+                # Less than a chunk's prompts take together, so that they must be prefilled in turns.
+                "args": {"max_num_seqs": 64, "max_num_batched_tokens": 256},
+            },
+            "train": {
+                "learning_rate": 1e-3, "epochs": 1, "dtype": "float32", "workers": 2, "cpus_per_worker": 0.5,
+            },
+        }  # fmt: skip
+        for key, value in changes.items():
+            recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value
+        file = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        return file
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_8_cpus(cache: Path) -> Iterator[None]:
+    """More logical CPUs than the machine may have, so that nothing waits for another test's actors."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", "a" * 64)  # else Ray leaves one in the user's home
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+def make_adapter(model: Path, folder: Path, storage_of: RunDir, round_number: int, lora: Lora) -> Policy:
+    """An adapter with weights large enough to change what the model says."""
+    torch.manual_seed(round_number)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    adapted.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    return publish(folder, storage_of.storage, f"policies/{round_number}", round_number, "adapter")

@@ -1,0 +1,195 @@
+"""Chunks that are written once and whole, the manifest, and what is made again of a run that was damaged."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from calm_ray.bad_prompts import BadPrompts
+from calm_ray.errors import StorageError
+from calm_ray.mending import mend
+from calm_ray.policies import Policy
+from calm_ray.rundir import RunDir
+from calm_ray.sampling.dispatch import Blamed
+from calm_ray.stage import Stage
+from calm_ray.storage import Storage
+
+CONFIG = {"rounds": 2}
+
+
+def numbers(*values: int) -> pa.Table:
+    return pa.table({"n": list(values)})
+
+
+def stage_of(folder: Path, chunks: int = 3, finished: bool = True) -> Stage:
+    stage = Stage(Storage(str(folder)))
+    for number in range(chunks):
+        stage.write(f"{number:05d}-en", numbers(number), counts={"tokens": 10})
+    if finished:
+        stage.finish({"policy": "base"})
+    return stage
+
+
+def test_a_finished_stage_has_one_manifest(tmp_path: Path) -> None:
+    stage = stage_of(tmp_path / "sample", finished=False)
+    assert stage.storage.files("manifest") == [f"{n:05d}-en.parquet.json" for n in range(3)]
+    stage.finish({})
+    assert stage.storage.names() == [
+        "00000-en.parquet", "00001-en.parquet", "00002-en.parquet", "manifest.json", "stage.json",
+    ]  # fmt: skip
+    entry = stage.manifest()["00001-en.parquet"]
+    assert entry["rows"] == 1
+    assert (entry["bytes"], entry["sha256"]) == stage.storage.digest("00001-en.parquet")
+    assert stage.counts() == {"rows": 3, "tokens": 30}
+    assert pickle.loads(pickle.dumps(stage)).chunks() == {f"{n:05d}-en" for n in range(3)}
+
+
+def test_a_chunk_without_an_entry_is_not_there(tmp_path: Path) -> None:
+    stage = stage_of(tmp_path / "sample", finished=False)
+    stage.storage.delete("manifest/00001-en.parquet.json")  # killed between the chunk and its entry
+    assert stage.chunks() == {"00000-en", "00002-en"}
+    assert stage.read().column("n").to_pylist() == [0, 2]
+
+
+def damage(folder: Path, how: str) -> None:
+    file = folder / "00001-en.parquet"
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-7])
+    elif how == "gone":
+        file.unlink()
+    elif how == "a bit":
+        content = bytearray(file.read_bytes())
+        content[10] ^= 1
+        file.write_bytes(content)
+    elif how == "manifest":
+        manifest = folder / "manifest.json"
+        manifest.write_bytes(manifest.read_bytes()[:-20])
+
+
+def run_with(folder: Path, *stages: tuple[int, str]) -> RunDir:
+    run = RunDir(str(folder), "run")
+    run.begin(CONFIG, {}, overwrite=False)
+    for number, name in stages:
+        stage_of(folder / "run" / "rounds" / str(number) / name)
+    return run
+
+
+@pytest.mark.parametrize("how", ["cut", "gone", "a bit"])
+def test_only_what_is_damaged_is_made_again(tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_with(tmp_path, (1, "sample"), (1, "train"))
+    sample = run.stage(1, "sample")
+    before = {name: sample.storage.read(name) for name in ("00000-en.parquet", "00002-en.parquet")}
+    damage(tmp_path / "run/rounds/1/sample", how)
+    mend(run)
+    assert "rounds/1/sample: 1 files are gone or not what was written (00001-en.parquet)" in capsys.readouterr().out
+    assert not sample.is_finished
+    assert sample.chunks() == {"00000-en", "00002-en"}
+    assert run.stage(1, "train").is_finished
+    sample.write("00001-en", numbers(1), counts={"tokens": 10})
+    sample.finish({"policy": "base"})
+    assert sample.counts() == {"rows": 3, "tokens": 30}
+    assert before == {name: sample.storage.read(name) for name in before}
+    mend(run)
+    assert sample.is_finished
+
+
+@pytest.mark.parametrize("torn", ["manifest.json", "stage.json"])
+def test_a_torn_manifest_is_made_again_from_whole_chunks(tmp_path: Path, torn: str) -> None:
+    run = run_with(tmp_path, (1, "sample"), (2, "sample"))
+    sample, folder = run.stage(1, "sample"), tmp_path / "run/rounds/1/sample"
+    before = sample.manifest()
+    (folder / torn).write_bytes((folder / torn).read_bytes()[:-20])
+    mend(run)
+    assert not sample.is_finished
+    assert sample.manifest() == before
+    assert run.stage(2, "sample").is_finished
+
+
+def test_of_a_torn_manifest_and_a_torn_chunk_the_chunk_is_lost(tmp_path: Path) -> None:
+    run = run_with(tmp_path, (1, "sample"))
+    for how in ("manifest", "cut"):
+        damage(tmp_path / "run/rounds/1/sample", how)
+    mend(run)
+    assert run.stage(1, "sample").chunks() == {"00000-en", "00002-en"}
+
+
+def test_a_chunk_whose_writer_was_killed_before_its_entry_is_kept(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+    stage = stage_of(tmp_path / "run/rounds/1/sample", finished=False)
+    before = stage.manifest()
+    stage.storage.delete("manifest/00001-en.parquet.json")
+    mend(run)
+    assert stage.manifest() == before
+
+
+def test_votes_and_pairs_are_made_together(tmp_path: Path) -> None:
+    run = run_with(tmp_path, (1, "votes"), (1, "pairs"))
+    damage(tmp_path / "run/rounds/1/votes", "cut")
+    mend(run)
+    for name in ("votes", "pairs"):
+        assert run.stage(1, name).chunks() == {"00000-en", "00002-en"}
+        assert not run.stage(1, name).is_finished
+
+
+def trained(run: RunDir, number: int) -> Policy:
+    stage = run.stage(number, "train")
+    stage.storage.write("policy/adapter_model.safetensors", b"weights of round %d" % number)
+    stage.storage.write("metrics.json", b"[]")
+    policy = Policy(f"r{number:04d}-abcdefgh", number, "adapter", stage.storage.uri("policy"), "abc")
+    stage.finish({"policy": policy.as_json()}, ["policy/adapter_model.safetensors", "metrics.json"])
+    return policy
+
+
+def test_a_lost_policy_is_trained_again_unless_a_later_round_went_on_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_with(tmp_path)
+    first, _ = trained(run, 1), trained(run, 2)
+    for number in (1, 2):
+        file = tmp_path / f"run/rounds/{number}/train/policy/adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:5])
+    mend(run)
+    assert not run.stage(2, "train").is_finished
+    assert run.stage(1, "train").record["policy"]["name"] == first.name
+    assert f"policy {first.name} is lost; round 2 has gone on from it" in capsys.readouterr().out
+
+
+def test_what_led_to_a_policy_is_not_needed_any_more(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+    trained(run, 1)
+    (tmp_path / "run/rounds/1/train/metrics.json").unlink()
+    mend(run)
+    assert run.stage(1, "train").is_finished
+
+
+def test_another_policy_after_all_makes_what_came_after_invalid(tmp_path: Path) -> None:
+    run = run_with(tmp_path, (0, "evaluate"), (1, "pairs"), (1, "evaluate"), (2, "sample"))
+    assert run.forget_after_training(1, "base") == []  # the same again
+    assert run.forget_after_training(1, "r0001-other") == ["rounds/1/evaluate", "rounds/2/sample"]
+    assert run.stages() == [(0, "evaluate"), (1, "pairs")]
+
+
+def test_a_disk_that_takes_nothing_leaves_no_traces(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    (tmp_path / "sample").write_text("a file where a folder should be")
+    with pytest.raises(StorageError, match=r"sample/00000\.parquet could not be written: .*the same command goes on"):
+        Stage(storage.under("sample")).write("00000", numbers(1))
+    assert [file.name for file in tmp_path.iterdir()] == ["sample"]
+
+
+def test_bad_prompts_are_known_where_the_same_questions_are_asked(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path), "run")
+    bad, questions = BadPrompts(run.storage), run.questions("align")
+    assert bad.known(questions) == set()
+    bad.add(questions, run.stage(1, "sample"), [Blamed("q7", "fr", "00000", "it died")])
+    bad.add(questions, run.stage(2, "sample"), [Blamed("q8", "en", "00001", "it hung")])
+    assert bad.known(questions) == {("q7", "fr"), ("q8", "en")}
+    assert bad.known(run.questions("evaluate")) == set()
+    assert json.loads(json.dumps(run.storage.read_table("bad_prompts.parquet").to_pylist()[0])) == {
+        "question_id": "q7", "language": "fr", "questions": "questions/align", "stage": "rounds/1/sample",
+        "chunk": "00000", "error": "it died",
+    }  # fmt: skip
