@@ -18,7 +18,8 @@ from typing import Any
 
 import ray
 
-from calm_ray.cluster import Needs, cluster
+from calm_ray.cluster import cluster
+from calm_ray.planning.needs import Needs, Part
 from calm_ray.policies import BaseModel
 from calm_ray.questions.reader import write_chunks
 from calm_ray.rows import Question
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=768)
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, cluster(Needs([(1, {"CPU": 2.0})]), print):
+    with tempfile.TemporaryDirectory() as folder, cluster(Needs([Part("data task", 1, {"CPU": 2.0})])):
         model = write_tiny_model(Path(folder) / "model", word_tokenizer([*WORDS, *"ABCD.", "\n"]), width=192, layers=4)
         run = RunDir(folder, "run")
         write_chunks([question(number) for number in range(options.prompts)], run.questions("align"), CHUNK)

@@ -28,8 +28,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from vote_and_pairs import largest_process
 
-from calm_ray.cluster import Needs, cluster
+from calm_ray.cluster import cluster
 from calm_ray.evaluation.scores import read_scored
+from calm_ray.planning.needs import Needs, Part
 from calm_ray.preferences.candidate_pairs import CandidatePairs
 from calm_ray.ray_data import over_chunks
 from calm_ray.rows import Pair, Scored, rows_of, schema, table
@@ -184,7 +185,7 @@ def main() -> None:
     sizes = [1000 * count for count in options.thousands]
     with (
         tempfile.TemporaryDirectory() as folder,
-        cluster(Needs([(1, {"CPU": 1.0})]), print, local_cpus=2),
+        cluster(Needs([Part("data task", 1, {"CPU": 1.0})]), local_cpus=2),
     ):
         work = write_work(Path(folder), max(sizes), options.questions_per_chunk)
         size = sum(file.stat().st_size for file in (Path(folder) / "scored").iterdir())

@@ -27,7 +27,8 @@ from typing import Any
 import psutil
 import pyarrow as pa
 
-from calm_ray.cluster import Needs, cluster
+from calm_ray.cluster import cluster
+from calm_ray.planning.needs import Needs, Part
 from calm_ray.preferences.from_disk import RecordedJob, pairs_of_chunks
 from calm_ray.sampling.imports import UNCOMPRESSED, open_completions
 from calm_ray.sampling.recorded import RecordedChunks
@@ -162,7 +163,7 @@ def main() -> None:
     print(f"plain Python: {plain:,.0f} completions/s", flush=True)
     rates = []
     with (
-        cluster(Needs([(1, {"CPU": 1.0})]), print, local_cpus=os.cpu_count() or 1),
+        cluster(Needs([Part("data task", 1, {"CPU": 1.0})]), local_cpus=os.cpu_count() or 1),
         tempfile.TemporaryDirectory() as folder,
     ):
         chunks = write_chunks(samples, math.ceil(max(millions) * 1e6 / COMPLETIONS_OF_A_COPY), Path(folder))

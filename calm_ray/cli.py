@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,6 +23,16 @@ Runs rounds of self-alignment. Without a recipe it is the demo, which needs no m
 
 The same command goes on with a run that was interrupted, with more rounds if `rounds` was raised.
 Exit codes: 0 done, 1 failed, 2 bad input, 3 the cluster cannot hold the run, 130 interrupted."""
+
+
+PLAN_HELP = """\
+Says what a run will take before money is spent on it: engines and workers and where they go, memory of GPUs and hosts,
+disk, tokens, and an estimate of the time, with what it assumes. Imports no engine and starts nothing.
+
+  calm-ray plan jobs/recipes/llama3_8b.yaml --nodes 2 --gpus-per-node 8 --gpu-memory 80
+  calm-ray plan jobs/recipes/llama3_8b.yaml --cluster cluster.yaml train.workers=4
+
+A layout that cannot fit is refused (exit code 3) with what is short and what would fit; so it is when a run starts."""
 
 
 PAIRS_HELP = """\
@@ -75,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     align.set_defaults(command=_align)
 
+    _add_plan(commands)
+
     show = commands.add_parser("show", help="print a question of a run, its completions, the vote and a pair")
     show.add_argument("run", help="the run's folder or URI")
     show.add_argument("--round", type=int, default=1, help="default: 1")
@@ -127,6 +140,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what a run will take, and where it goes, without starting anything",
+        description=PLAN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument("recipe", nargs="*", help="as for `calm-ray align`", metavar="RECIPE|KEY=VALUE")
+    plan.add_argument("--cluster", metavar="FILE", help="a file of Ray's cluster launcher: cluster.yaml")
+    plan.add_argument("--nodes", type=int, help="how many machines, all alike; default: 1")
+    plan.add_argument("--gpus-per-node", type=int, help="default: 8, on CPUs 0")
+    plan.add_argument("--gpu-memory", type=float, metavar="GB", help="of each GPU; default: 80")
+    plan.add_argument("--gpu", help="A100-40, A100-80, H100 or H200; default: by its memory")
+    plan.add_argument("--cpus-per-node", type=float)
+    plan.add_argument("--host-memory", type=float, metavar="GB", help="of each machine")
+    plan.add_argument("--model-config", metavar="FILE", help="the config.json of a model that is not here")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(command=_plan)
+
+
 def _add_on_bad_row(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-bad-row", choices=["refuse", "skip"], default="refuse", help="stop at bad rows, or leave them out; refuse"
@@ -149,10 +182,7 @@ def _add_vote_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _align(options: argparse.Namespace) -> None:
-    recipes = [word for word in options.recipe if "=" not in word]
-    if len(recipes) > 1:
-        raise InputError(f"one recipe at a time, not {' and '.join(recipes)}; an override looks like section.key=value")
-    config = load_config(recipes[0] if recipes else None, [word for word in options.recipe if "=" in word])
+    config = load_config(*_recipe_and_overrides(options.recipe))
     if options.dry_run:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
         return
@@ -163,6 +193,32 @@ def _align(options: argparse.Namespace) -> None:
     run = align(config, overwrite=options.overwrite, redo=options.redo)
     print_summary(run.summary)
     say(f"run: {run.uri}")
+
+
+def _recipe_and_overrides(words: list[str]) -> tuple[str | None, list[str]]:
+    recipes = [word for word in words if "=" not in word]
+    if len(recipes) > 1:
+        raise InputError(f"one recipe at a time, not {' and '.join(recipes)}; an override looks like section.key=value")
+    return recipes[0] if recipes else None, [word for word in words if "=" in word]
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from calm_ray.planning.report import show_plan
+
+    recipe, overrides = _recipe_and_overrides(options.recipe)
+    show_plan(
+        recipe,
+        overrides,
+        cluster=options.cluster,
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        gpu_memory=options.gpu_memory,
+        cpus_per_node=options.cpus_per_node,
+        host_memory=options.host_memory,
+        as_json=options.json,
+        model_config=options.model_config,
+        gpu=options.gpu,
+    )
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -6,9 +6,9 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,47 +19,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from calm_ray.config import Config
 from calm_ray.endings import end_on_sigterm
 from calm_ray.errors import InputError, ResourceError
+from calm_ray.planning.hardware import DEVICES, MOST_NODES, Node
+from calm_ray.planning.needs import TRAIN_PLACE, Needs, Resources, shortage
+from calm_ray.planning.plan import check_plan
+from calm_ray.progress import say
 from calm_ray.storage import Storage
 
 WAIT_SECONDS = 30
 TOKEN = "RAY_AUTH_TOKEN"
-DATA_CPUS = 0.5
-"""Logical CPUs of one Ray Data task."""
-
-
-Resources = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a run asks of a cluster."""
-
-    parts: list[tuple[int, Resources]]
-    """(how many, what each takes on one node)."""
-
-    @property
-    def total(self) -> Resources:
-        """All parts at the same time."""
-        names = ("CPU", "GPU")
-        return {name: sum(count * part.get(name, 0.0) for count, part in self.parts) for name in names}
-
-
-def needs_of(config: Config, training: bool = True) -> Needs:
-    """The engines of a run, and the training workers, which come and go beside them."""
-    engines, gpus = config.engines, config.device == "gpu"
-    size = engines.tensor_parallel_size
-    engine = {"CPU": engines.cpus if size == 1 else float(size), "GPU": float(size * gpus)}
-    parts = [(len(engines.homes(config.languages)), engine)]
-    if training:
-        worker = {"CPU": config.train.cpus_per_worker, "GPU": float(gpus)}
-        parts += [(config.train.most_workers, worker)]
-        spare = DATA_CPUS - config.train.most_workers * config.train.cpus_per_worker
-        parts += [(1, {"CPU": spare})] if spare > 0 else []
-    return Needs(parts)
 
 
 @contextmanager
-def cluster(needs: Needs, say: Callable[[str], None], local_cpus: int = 0) -> Iterator[None]:
+def cluster(needs: Needs, local_cpus: int = 0) -> Iterator[None]:
     """Joins the cluster this process belongs to, or starts a local Ray and shuts it down.
 
     A local one is sized for the needs, and has `local_cpus` logical CPUs at least.
@@ -71,7 +42,7 @@ def cluster(needs: Needs, say: Callable[[str], None], local_cpus: int = 0) -> It
         yield
         return
     _keep_quiet()
-    joined = _start_or_join(max(local_cpus, math.ceil(needs.total["CPU"])))
+    joined = _start_or_join(max(local_cpus, math.ceil(needs.total["CPU"])), needs.count("worker"))
     end_on_sigterm()
     try:
         check_resources(needs)
@@ -81,7 +52,7 @@ def cluster(needs: Needs, say: Callable[[str], None], local_cpus: int = 0) -> It
         ray.shutdown()
 
 
-def _start_or_join(cpus: int) -> bool:
+def _start_or_join(cpus: int, train_places: int) -> bool:
     """Starts a local Ray, or joins the cluster that is there; returns whether it joined."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     # Ray protects a local cluster with a token and would leave it in the user's home, where it locks every cluster
@@ -90,7 +61,7 @@ def _start_or_join(cpus: int) -> bool:
     if has_own_token:
         os.environ[TOKEN] = secrets.token_hex(32)
     try:
-        ray.init(num_cpus=cpus, **options)
+        ray.init(num_cpus=cpus, resources={TRAIN_PLACE: train_places} if train_places else None, **options)
         return False
     except ValueError:  # a cluster is there already, and has its own size and token
         if has_own_token:
@@ -115,32 +86,42 @@ def check_resources(needs: Needs) -> None:
         raise ResourceError(f"engines and train.workers: {problem}")
 
 
-def shortage(needs: Needs, most: Resources, nodes: Sequence[Resources]) -> str | None:
-    """Why a cluster that may grow to `most`, out of nodes of these kinds, cannot hold a run; None if it can."""
-    short = {name: amount for name, amount in needs.total.items() if amount > most[name]}
-    if short:
-        wants = ", ".join(
-            f"{amount:g} {name} (the cluster has at most {most[name]:g})" for name, amount in short.items()
-        )
-        return (
-            f"this run needs {wants}. Lower engines.per_language, engines.shared, engines.cpus, train.workers or "
-            "train.cpus_per_worker, use a larger cluster, or set device=cpu where there are no GPUs."
-        )
-    for _, part in needs.parts:
-        if not any(all(node.get(name, 0.0) >= amount for name, amount in part.items()) for node in nodes):
-            wants = " and ".join(f"{amount:g} {name}" for name, amount in part.items() if amount)
-            return (
-                f"an engine or a worker needs {wants} on one node, and no node has that. "
-                "Lower engines.tensor_parallel_size, engines.cpus or train.cpus_per_worker."
-            )
-    return None
-
-
 def _kinds_of_nodes() -> list[Resources]:
     """What the nodes that are there have, and those that may be started."""
     nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     config = ray_state.get_cluster_config()
     return nodes + ([dict(kind.resources) for kind in config.node_group_configs] if config else [])
+
+
+# Ray's names of GPUs, where these tell their memory, and ours.
+DEVICE_OF = {"A100-40G": "A100-40", "A100-80G": "A100-80", "H100": "H100", "H200": "H200"}
+
+
+def check_layout(config: Config, model_folder: Path) -> None:
+    """Raises ResourceError where the nodes that are there, or may be started, cannot hold a run, memory included.
+
+    A model whose configuration says too little for a plan is left to the engines.
+    """
+    try:
+        check_plan(config, model_folder, _nodes())
+    except InputError as error:
+        say(f"the run is not planned: {error}")
+
+
+def _nodes() -> list[Node]:
+    """The nodes that are there, and those that may be started, as a plan sees them."""
+    there = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    config = ray_state.get_cluster_config()
+    for kind in config.node_group_configs if config else []:
+        there += [dict(kind.resources)] * min(kind.max_count, MOST_NODES)
+    return [_node(f"node {number}", one) for number, one in enumerate(there, start=1)]
+
+
+def _node(name: str, resources: Resources) -> Node:
+    kinds = [key.removeprefix("accelerator_type:") for key in resources if key.startswith("accelerator_type:")]
+    gpu = next((DEVICE_OF[kind] for kind in kinds if kind in DEVICE_OF), None)
+    memory = DEVICES[gpu].memory if gpu is not None else None
+    return Node(name, resources.get("CPU", 0.0), int(resources.get("GPU", 0)), memory, gpu=gpu)
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
@@ -151,18 +132,6 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
 def free_resources() -> str:
     free = ray.available_resources()
     return f"free in the cluster: {free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU"
-
-
-def wait_until_ready(references: Sequence[ray.ObjectRef[Any]], what: str, say: Callable[[str], None]) -> list[Any]:
-    """The results of the references; every 30 s it says how many are there and what the cluster has to give."""
-    pending = list(references)
-    while pending:
-        done, pending = ray.wait(pending, num_returns=len(pending), timeout=WAIT_SECONDS)
-        for reference in done:
-            ray.get(reference)  # an engine that failed to start stops the wait here
-        if pending:
-            say(f"waiting for {what}: {len(references) - len(pending)} of {len(references)} ready; {free_resources()}")
-    return ray.get(list(references))
 
 
 def check_storage(storage: Storage) -> None:

@@ -89,9 +89,10 @@ def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
     Raises InputError for bad input of any of them before an engine starts.
     """
     from calm_ray.about import about
-    from calm_ray.cluster import check_resources, check_storage, cluster, needs_of
+    from calm_ray.cluster import check_layout, check_resources, check_storage, cluster
     from calm_ray.comparison.shared import check_common_start
     from calm_ray.mending import mend
+    from calm_ray.planning.needs import needs_of
     from calm_ray.progress import say
     from calm_ray.sampling.engine import engine_spec
     from calm_ray.sampling.pool import EnginePool
@@ -105,9 +106,10 @@ def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
         return
     inputs = _prepare(todo, None if overwrite else _model_of(contenders), overwrite)
     needs = [needs_of(one.config) for one in todo]
-    with cluster(max(needs, key=lambda one: (one.total["GPU"], one.total["CPU"])), say):
-        for one_needs in needs:
+    with cluster(max(needs, key=lambda one: (one.total["GPU"], one.total["CPU"]))):
+        for one, one_needs in zip(todo, needs, strict=True):
             check_resources(one_needs)
+            check_layout(one.config, inputs.folder)
         for one in todo:
             for line in one.run.begin(one.settings, about(), overwrite):
                 say(line)

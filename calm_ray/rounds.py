@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from calm_ray.about import about
-from calm_ray.cluster import check_storage, cluster, needs_of
+from calm_ray.cluster import check_layout, check_storage, cluster
 from calm_ray.config import Config
 from calm_ray.inputs import prepare
 from calm_ray.mending import mend
+from calm_ray.planning.needs import needs_of
 from calm_ray.policies import BaseModel
 from calm_ray.preferences.gamma import check_gamma
 from calm_ray.progress import say
@@ -34,7 +35,8 @@ def align(config: Config, *, overwrite: bool = False, redo: bool = False) -> Run
     known = None if overwrite else run.model
     inputs = prepare(config, known)
     check_start(config, run, known or inputs.model, overwrite=overwrite)
-    with cluster(needs_of(config, training=config.rounds > 0), say):
+    with cluster(needs_of(config, training=config.rounds > 0)):
+        check_layout(config, inputs.folder)
         for line in run.begin(settings, about(), overwrite):
             say(line)
         mend(run)

@@ -7,10 +7,11 @@ import json
 import re
 from pathlib import Path
 
-from calm_ray.cluster import cluster, needs_of
+from calm_ray.cluster import cluster
 from calm_ray.errors import InputError
 from calm_ray.inputs import candidate_check, check_lengths
 from calm_ray.opened import open_run
+from calm_ray.planning.needs import needs_of
 from calm_ray.progress import console, say
 from calm_ray.questions.reader import take_in, write_chunks
 from calm_ray.sampling.engine import engine_spec
@@ -50,7 +51,7 @@ def evaluate_again(location: str, questions: str | None, round_number: int | Non
         write_chunks(rows, asked, config.sampling.prompts_per_chunk)
     output = Stage(run.storage.under(f"evaluations/{label}/{policy.name}"))
     if not output.is_finished:
-        with cluster(needs_of(config, training=False), say):
+        with cluster(needs_of(config, training=False)):
             spec = engine_spec(config, model)
             with EnginePool(spec, config.languages, say) as pool:
                 stages = Stages(config, run, model, pool)

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from calm_ray.cluster import Needs, cluster
+from calm_ray.cluster import cluster
+from calm_ray.planning.needs import Needs, Part
 from calm_ray.errors import InputError
 from calm_ray.evaluation.samples import sample_report
 from calm_ray.preferences.columnar import PAIRS, make_pairs
@@ -105,7 +106,7 @@ def _opened(
             say(f"{count} x {reason}")
         if imported.left_out:
             say(f"{len(imported.left_out)} bad rows were left out, the first being {imported.left_out[0]}")
-        with cluster(Needs([(1, {"CPU": 1.0})]), say, local_cpus=os.cpu_count() or 1):
+        with cluster(Needs([Part("data task", 1, {"CPU": 1.0})]), local_cpus=os.cpu_count() or 1):
             yield imported
 
 

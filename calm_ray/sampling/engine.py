@@ -20,7 +20,7 @@ from calm_ray.sampling.candidates import CandidateForm
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.complete import complete, encode_prompt, predict, score, unanswered
 from calm_ray.sampling.generator import Decoding, Generated, Likelihoods
-from calm_ray.sampling.leash import put_on_leash
+from calm_ray.sampling.leash import Leash
 from calm_ray.sections import Engines, Lora
 
 BEAT_SECONDS = 1.0
@@ -263,18 +263,20 @@ class EngineActor:
 
     def __init__(self, spec: EngineSpec, number: int = 0, pulse: Any = None) -> None:
         self._generator: VLLMGenerator | None = None
+        self._leash: Leash | None = None
         if pulse is not None:
             ray.get(pulse.started.remote(number))
             threading.Thread(target=self._beat, args=(number, pulse), daemon=True).start()
         self._generator = VLLMGenerator(spec)
-        if spec.engines.process == "child":
-            put_on_leash()
+        self._leash = Leash() if spec.engines.process == "child" else None
 
     def _beat(self, number: int, pulse: Any) -> None:
         while True:
             generator = self._generator
             steps, at_work = (generator.steps, generator.is_at_work) if generator is not None else (0, False)
             pulse.beat.remote(number, steps, at_work)
+            if self._leash is not None and not self._leash.all_alive:
+                os._exit(1)  # vLLM may wait for its core for ever; Ray starts this process again
             time.sleep(BEAT_SECONDS)
 
     def ready(self) -> str:

@@ -1,4 +1,4 @@
-"""A leash for child processes: what this process started ends with it, even where it is killed."""
+"""A leash for child processes: they end with the process that started them, even where that one is killed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from contextlib import suppress
 import psutil
 
 
-def put_on_leash() -> subprocess.Popen[bytes]:
-    """Starts a small process that ends this one's children, and theirs, when this one has ended."""
-    children = [f"{child.pid}:{child.create_time()}" for child in psutil.Process().children(recursive=True)]
-    # Its standard input is a pipe whose other end is here: it closes when this process ends, however that happens.
-    return subprocess.Popen([sys.executable, "-m", __name__, *children], stdin=subprocess.PIPE, start_new_session=True)
+class Leash:
+    """On the processes that this one has started so far, and theirs."""
+
+    def __init__(self) -> None:
+        self._processes = psutil.Process().children(recursive=True)
+        named = [f"{process.pid}:{process.create_time()}" for process in self._processes]
+        # Its standard input is a pipe whose other end is here: it closes when this process ends, however that happens.
+        self._holder = subprocess.Popen(
+            [sys.executable, "-m", __name__, *named], stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    @property
+    def all_alive(self) -> bool:
+        return all(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in self._processes)
 
 
 def end(children: list[str]) -> None:

@@ -82,6 +82,7 @@ def greedy(model: Path, folder: Path, **engines: Any) -> list[list[int]]:
     settings = Engines(shared=1, dtype="float32", args={"max_model_len": 256}, **engines)
     spec = EngineSpec(BaseModel(str(model)), settings, Lora(), "gpu", seed=0)
     tasks = [ChunkTask(questions, output, chunk, "en") for chunk in questions.chunks()]
+    work = Dispatcher(tasks, most_bad=0)
     with EnginePool(spec, ["en"], print) as pool:
         decoding = Decoding(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=16)
         list(pool.run("sample", work, decoding=decoding, instruction=True, seed=0, round_number=1))

@@ -1,0 +1,91 @@
+"""What a run asks of a cluster in Ray's own terms: how many engines and workers, with how many CPUs and GPUs each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from calm_ray.config import Config
+
+DATA_CPUS = 0.5
+"""Logical CPUs of one Ray Data task."""
+
+TRAIN_PLACE = "calm_ray_train"
+"""The resource of Ray's that stands for a place to train: nodes that only engines use have none."""
+
+Resources = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of what a run starts, all of them alike."""
+
+    what: Literal["engine", "worker", "data task"]
+    count: int
+    takes: Resources
+    """Each of them, on one node."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run asks of a cluster, all at the same time."""
+
+    parts: list[Part]
+
+    @property
+    def total(self) -> Resources:
+        names = ("CPU", "GPU")
+        return {name: sum(part.count * part.takes.get(name, 0.0) for part in self.parts) for name in names}
+
+    def count(self, what: str) -> int:
+        return sum(part.count for part in self.parts if part.what == what)
+
+
+def engine_count(config: Config) -> int:
+    """As many as `Engines.homes` names, without the list."""
+    engines = config.engines
+    return engines.shared or 0 if engines.per_language is None else engines.per_language * len(config.languages)
+
+
+def needs_of(config: Config, training: bool = True, workers: int | None = None) -> Needs:
+    """The engines of a run, and the training workers, which come and go beside them.
+
+    `workers` is how many of them to count, by default the most that `train.workers` names. Where engines and workers
+    share GPUs (`placement: colocate`), only the workers for which no engine has a GPU ask for one of their own.
+    """
+    engines, gpus = config.engines, config.device == "gpu"
+    size = engines.tensor_parallel_size
+    count = engine_count(config)
+    takes = {"CPU": engines.cpus if size == 1 else float(size), "GPU": float(size * gpus)}
+    parts = [Part("engine", count, takes)]
+    if training:
+        workers = config.train.most_workers if workers is None else workers
+        beside = min(workers, count * size) if gpus and config.placement == "colocate" else 0
+        cpus = config.train.cpus_per_worker
+        parts += [Part("worker", beside, {"CPU": cpus, "GPU": 0.0})] if beside else []
+        parts += [Part("worker", workers - beside, {"CPU": cpus, "GPU": float(gpus)})] if workers > beside else []
+        spare = DATA_CPUS - workers * cpus
+        parts += [Part("data task", 1, {"CPU": spare})] if spare > 0 else []
+    return Needs(parts)
+
+
+def shortage(needs: Needs, most: Resources, nodes: Sequence[Resources]) -> str | None:
+    """Why a cluster that may grow to `most`, out of nodes of these kinds, cannot hold a run; None if it can."""
+    short = {name: amount for name, amount in needs.total.items() if amount > most[name]}
+    if short:
+        wants = ", ".join(
+            f"{amount:g} {name} (the cluster has at most {most[name]:g})" for name, amount in short.items()
+        )
+        return (
+            f"this run needs {wants}. Lower engines.per_language, engines.shared, engines.cpus, train.workers or "
+            "train.cpus_per_worker, use a larger cluster, or set device=cpu where there are no GPUs."
+        )
+    for part in needs.parts:
+        if not any(all(node.get(name, 0.0) >= amount for name, amount in part.takes.items()) for node in nodes):
+            wants = " and ".join(f"{amount:g} {name}" for name, amount in part.takes.items() if amount)
+            return (
+                f"an engine or a worker needs {wants} on one node, and no node has that. "
+                "Lower engines.tensor_parallel_size, engines.cpus or train.cpus_per_worker."
+            )
+    return None

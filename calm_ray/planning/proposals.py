@@ -1,0 +1,154 @@
+"""The nearest layouts that fit where a run does not: changes of one key, then of two, each checked like the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+from pydantic import ValidationError
+
+from calm_ray.config import Config
+from calm_ray.planning.hardware import Node
+from calm_ray.planning.layout import lay_out
+from calm_ray.planning.memory import context_of, utilization
+from calm_ray.planning.model_shape import Shape
+from calm_ray.planning.needs import engine_count
+from calm_ray.recipes import override
+
+MOST = 3
+"""Proposals that are made."""
+
+Change = tuple[str, ...]
+"""Overrides that go together."""
+
+
+def proposals(config: Config, shape: Shape, nodes: Sequence[Node]) -> list[Change]:
+    """Overrides under which the run fits onto these nodes: up to three, of different keys; none where none is known.
+
+    What is learnt stays the same, unless nothing else helps than to leave out longer pairs.
+    """
+    keys = [list(values) for values in _changes(config, shape)]
+    found: list[Change] = []
+    for values in keys:
+        found += _first_that_fits(values, config, shape, nodes)
+    if not found:
+        for one, other in combinations(keys, 2):
+            found += _first_that_fits([a + b for a in one for b in other], config, shape, nodes)
+            if len(found) >= MOST:
+                break
+    return found[:MOST]
+
+
+def changed(config: Config, change: Change) -> Config | None:
+    """The configuration with overrides; None where they do not go together with the rest of it."""
+    raw: dict[str, Any] = config.model_dump(mode="json")
+    for word in change:
+        override(raw, word)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError:
+        return None
+
+
+def _first_that_fits(values: list[Change], config: Config, shape: Shape, nodes: Sequence[Node]) -> list[Change]:
+    for change in values:
+        after = changed(config, change)
+        if after is not None and not lay_out(after, shape, nodes).problems:
+            return [change]
+    return []
+
+
+def _changes(config: Config, shape: Shape) -> Iterator[Iterator[Change]]:
+    """For each key the values to try, the nearest first; those that cost least come first."""
+    yield _less_to_compute_with(config, shape)
+    yield _caches(config, shape)
+    yield _engine_sizes(config)
+    yield _more_workers(config, nodes_most=64)
+    yield iter([("placement=colocate",)] if config.device == "gpu" and config.placement == "split" else [])
+    yield _fewer_engines(config)
+    yield _fewer_workers(config)
+    yield _fewer_cpus(config)
+    yield _shorter_pairs(config, shape)
+
+
+def _less_to_compute_with(config: Config, shape: Shape) -> Iterator[Change]:
+    train = config.train
+    if not train.activation_checkpointing:
+        yield ("train.activation_checkpointing=true",)
+    if train.shards is not None:
+        yield ("train.shards=null",)
+    for tokens in _halves(train.pack_tokens, 512):
+        yield (f"train.pack_tokens={tokens}",)
+
+
+def _caches(config: Config, shape: Shape) -> Iterator[Change]:
+    for share in (0.92, 0.95):
+        if share > utilization(config):
+            yield (f"engines.args.gpu_memory_utilization={share}",)
+    if config.device == "gpu":
+        for tokens in _halves(context_of(config, shape), 1024):
+            yield (f"engines.args.max_model_len={tokens}",)
+
+
+def _engine_sizes(config: Config) -> Iterator[Change]:
+    size = config.engines.tensor_parallel_size
+    if config.device == "gpu":
+        for other in sorted((1, 2, 4, 8, 16), key=lambda n: (abs(n - size), n)):
+            if other != size:
+                yield (f"engines.tensor_parallel_size={other}",)
+
+
+def _fewer_engines(config: Config) -> Iterator[Change]:
+    for fewer in _fewer(engine_count(config)):
+        if config.engines.per_language is None:
+            yield (f"engines.shared={fewer}",)
+        else:
+            yield "engines.per_language=null", f"engines.shared={fewer}"
+
+
+def _fewer_workers(config: Config) -> Iterator[Change]:
+    least = config.train.least_workers
+    for fewer in _fewer(least):
+        if config.train.is_elastic:
+            yield (f"train.workers=[{fewer}, {config.train.most_workers}]",)
+        else:
+            yield (f"train.workers={fewer}",)
+
+
+def _more_workers(config: Config, nodes_most: int) -> Iterator[Change]:
+    """They share the model, so that each holds less."""
+    if config.train.is_elastic or config.train.shards is not None or config.device == "cpu":
+        return
+    workers = config.train.most_workers
+    while (workers := 2 * workers) <= 8 * nodes_most:
+        yield (f"train.workers={workers}",)
+
+
+def _fewer(count: int) -> list[int]:
+    """Counts below one, the nearest first: all of a few, else powers of two."""
+    powers = [2**power for power in range(count.bit_length() - 1, -1, -1)]
+    return [number for number in (range(count - 1, 0, -1) if count <= 32 else powers) if number < count]
+
+
+def _fewer_cpus(config: Config) -> Iterator[Change]:
+    for cpus in (0.5, 0.2):
+        change: Change = ()
+        if config.engines.cpus > cpus:
+            change += (f"engines.cpus={cpus}",)
+        if config.train.cpus_per_worker > cpus:
+            change += (f"train.cpus_per_worker={cpus}",)
+        if change:
+            yield change
+
+
+def _shorter_pairs(config: Config, shape: Shape) -> Iterator[Change]:
+    """Longer pairs are left out, so this comes last."""
+    train = config.train
+    for tokens in _halves(min(train.max_pair_tokens, context_of(config, shape)), 512):
+        yield f"train.max_pair_tokens={tokens}", f"train.pack_tokens={min(train.pack_tokens, 2 * tokens)}"
+
+
+def _halves(value: int, least: int) -> Iterator[int]:
+    while (value := value // 2) >= least:
+        yield value

@@ -1,0 +1,227 @@
+"""`calm-ray plan`: what a run will take and where it goes, printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from rich.table import Table
+
+from calm_ray.config import Config
+from calm_ray.errors import InputError
+from calm_ray.planning.durations import BANDWIDTH_SHARE, FLOPS_SHARE
+from calm_ray.planning.hardware import GB, Node, nodes_alike, nodes_of_launcher, this_machine
+from calm_ray.planning.layout import Place, gb, lay_out
+from calm_ray.planning.model_shape import Shape, shape_of
+from calm_ray.planning.needs import needs_of
+from calm_ray.planning.plan import Plan, make_plan
+from calm_ray.planning.work import BYTES_PER_TOKEN, CHOICES, PROMPT_TOKENS
+from calm_ray.progress import console, say
+from calm_ray.recipes import load_config
+
+MOST_GUESSED = 64
+"""Machines that are tried at most where no nodes are given."""
+
+
+def show_plan(
+    recipe: str | Path | None,
+    overrides: list[str] | None = None,
+    cluster: str | Path | None = None,
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    gpu_memory: float | None = None,
+    cpus_per_node: float | None = None,
+    host_memory: float | None = None,
+    as_json: bool = False,
+    model_config: str | Path | None = None,
+    gpu: str | None = None,
+) -> None:
+    """Prints what a recipe's run takes, and where it goes, on the machines of a launcher's file or on alike nodes.
+
+    Memory in GB. Without any nodes: this machine (device: cpu), or the fewest machines with eight GPUs that hold the
+    run. `model_config` is a config.json to go by, `gpu` a name of `calm_ray.planning.hardware.DEVICES`.
+    Raises InputError naming the field, and ResourceError where the run cannot fit.
+    """
+    config = load_config(recipe, overrides)
+    shape = shape_of(config.model, model_config)
+    others = (nodes, gpus_per_node, cpus_per_node, host_memory, gpu)
+    if cluster is not None:
+        if any(value is not None for value in others):
+            raise InputError("cluster: the file says what its machines hold; leave it out, or the other options")
+        machines = nodes_of_launcher(cluster, gpu_memory)
+    elif all(value is None for value in (*others, gpu_memory)):
+        machines = _guessed(config, shape)
+        if not as_json and config.device == "gpu":
+            say("no nodes are given: planned for the fewest machines like a p4de.24xlarge (eight A100 of 80 GB)")
+    else:
+        gpus = 0 if gpus_per_node is None and config.device == "cpu" else gpus_per_node
+        count = 1 if nodes is None else nodes
+        machines = nodes_alike(count, gpus, gpu_memory, cpus_per_node, host_memory, gpu)
+    plan = make_plan(config, shape, machines)
+    if as_json:
+        print(json.dumps(plan.as_json(), ensure_ascii=False, indent=2))
+    else:
+        print_plan(plan)
+
+
+def _guessed(config: Config, shape: Shape) -> list[Node]:
+    """This machine for a run on CPUs; else as many machines with eight GPUs of 80 GB as the run needs."""
+    if config.device == "cpu":
+        return this_machine(needs_of(config).total["CPU"])
+    for count in range(1, MOST_GUESSED + 1):
+        machines = nodes_alike(count)
+        if not lay_out(config, shape, machines).problems:
+            return machines
+    return nodes_alike(2)
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan as tables on the terminal."""
+    config, shape = plan.config, plan.shape
+    say(f"{config.name}: {config.method} in {len(config.languages)} languages, {config.rounds} round(s)")
+    known = "assumed: " if shape.is_assumed else ""
+    say(f"model: {shape.parameters / 1e9:.3g}B parameters, {shape.layers} layers ({known}{shape.source})")
+    console.print(_parts(plan))
+    console.print(_places(plan.layout.places))
+    console.print(_memory(plan))
+    if config.device == "gpu" and plan.layout.engine.limit is not None:
+        engine = plan.layout.engine
+        say(
+            f"an engine's cache holds {engine.cached_tokens:,} tokens at {engine.kv_per_token / 1024:.4g} KiB, that is "
+            f"{engine.full_sequences:,.1f} sequences of {engine.context:,} tokens"
+        )
+    if config.device == "gpu" and config.placement == "colocate":
+        engine, worker = plan.layout.engine, plan.layout.worker
+        say(
+            f"engines sleep while training runs: a GPU then holds {gb(worker.total)} of the worker, "
+            f"{gb(engine.allowance)} of the engine; "
+            f"its weights, {gb(config.engines.tensor_parallel_size * engine.weights)}, wait in the host"
+        )
+    console.print(_stages(plan))
+    disk = ", ".join(f"{name} {gb(size)}" for name, size in plan.work.disk.items() if size)
+    say(f"disk, in the run's storage: at most {gb(sum(plan.work.disk.values()))} a round ({disk})")
+    say("assumed:")
+    for line in assumptions(plan):
+        say(f"  {line}")
+
+
+def _parts(plan: Plan) -> Table:
+    """What Ray starts, and what it reserves for it."""
+    size = plan.config.engines.tensor_parallel_size
+    table = Table("part", "count", "CPU each", "GPU each", "started as")
+    how = {
+        "engine": "an actor" if size == 1 else f"an actor in a placement group: STRICT_PACK, {size} bundles of 1 GPU",
+        "worker": "a worker of Ray Train, while training runs",
+        "data task": "a task of Ray Data",
+    }
+    for part in plan.layout.needs.parts:
+        takes = [f"{part.takes.get(name, 0):g}" for name in ("CPU", "GPU")]
+        is_beside = part.what == "worker" and plan.config.device == "gpu" and not part.takes.get("GPU")
+        count = str(part.count)
+        if part.what == "worker" and plan.config.train.is_elastic:
+            count += f" ({plan.config.train.least_workers} to {plan.config.train.most_workers})"
+        table.add_row(part.what, count, *takes, how[part.what] + (", on a sleeping engine's GPU" if is_beside else ""))
+    return table
+
+
+def _places(places: Sequence[Place]) -> Table:
+    """Which node has what; nodes in a row that have the same are one line."""
+    table = Table("nodes", "engines", "workers", "CPU", "GPU", "host memory")
+
+    def row(place: Place) -> tuple[str, ...]:
+        node = place.node
+        host = gb(place.host) + (f" of {gb(node.memory)}" if node.memory is not None else "")
+        gpus = f"{place.gpus} of {node.gpus}"
+        return str(place.engines), str(place.workers), f"{place.cpus:g} of {node.cpus:g}", gpus, host
+
+    for cells, group in groupby(places, key=row):
+        names = [place.node.name for place in group]
+        name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        table.add_row(name, *cells)
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    """What one engine and one worker hold."""
+    engine, worker, on_gpu = plan.layout.engine, plan.layout.worker, plan.config.device == "gpu"
+    table = Table("memory of", "what", "size", title="each GPU" if on_gpu else "the host")
+    rows = [("engine", "weights", engine.weights), ("", "activations", engine.activations)]
+    rows += [("", "CUDA", engine.allowance)] if on_gpu else []
+    if not on_gpu or engine.limit is not None:
+        rows.append(("", "KV cache", engine.kv_cache))
+    rows += [
+        ("worker", "weights", worker.weights),
+        ("", "adapter, gradients, Adam" if plan.config.train.lora else "gradients, Adam", worker.optimiser),
+        ("", "gathered layers", worker.gathered),
+        ("", f"activations of {worker.tokens:,} tokens", worker.activations),
+        ("", "log-probabilities", worker.logps),
+    ]
+    rows += [("", "CUDA", worker.allowance)] if on_gpu else []
+    rows.append(("", "at most together", worker.total))
+    for who, what, size in rows:
+        table.add_row(who, what, gb(size))
+    return table
+
+
+def _stages(plan: Plan) -> Table:
+    """What one round does, and how long that may take."""
+    config, work = plan.config, plan.work
+    of = "one round" if work.is_counted else "one round, FOR EACH QUESTION (their files are not here)"
+    table = Table("stage", "at most", "time", title=of)
+    amounts = {
+        "sample": f"{work.completions:,} completions, {work.sampled:,} tokens",
+        "translate": f"{work.translated:,} tokens",
+        "score": f"{work.scored:,} tokens read",
+        "reference": f"{work.pairs * work.pair_tokens:,} tokens",
+        "train": f"{work.pairs:,} pairs, {work.pairs * work.pair_tokens:,} tokens an epoch",
+        "evaluate": f"{work.asked:,} tokens read, {work.answered:,} written",
+    }
+    has = {"sample": work.completions, "translate": work.translated, "score": work.scored, "train": work.pairs}
+    has |= {"reference": work.pairs and config.objective != "sft", "evaluate": work.asked}
+    for name, amount in amounts.items():
+        if has[name]:
+            seconds = plan.seconds.get(name)
+            table.add_row(name, amount, "-" if seconds is None else duration(seconds))
+    if plan.seconds and work.is_counted:
+        each = sum(plan.seconds.values())
+        table.add_row("together", "", duration(each))
+        if config.rounds:
+            whole = config.rounds * each + plan.seconds.get("evaluate", 0.0)
+            table.add_row(f"the run: {config.rounds} round(s)", "and the model before any training", duration(whole))
+    return table
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """What the figures rest on beyond the recipe."""
+    lines = [f"the model: {plan.shape.source}"] if plan.shape.is_assumed else []
+    if plan.device is not None:
+        device = plan.device
+        lines.append(
+            f"GPUs: {device.name}, {device.flops / 1e12:g} TFLOP/s in bfloat16, {device.bandwidth / 1e12:g} TB/s by "
+            f"its data sheet; of these, {FLOPS_SHARE:.0%} while prompts are read and while training, and "
+            f"{BANDWIDTH_SHARE:.0%} while tokens are written"
+        )
+        if len({node.gpu_memory for node in plan.nodes if node.gpus}) > 1:
+            lines.append("all GPUs are counted as the smallest: Ray does not look at their memory")
+        lines.append("times leave out how long engines and workers take to start, and waiting for machines")
+    else:
+        lines.append("no times are estimated on CPUs")
+    lines.append("layers are like Llama's: each attends to the whole context, and has an MLP with a gate")
+    if plan.config.train.engine == "trl":
+        lines.append("TRL's trainer is counted like calm_ray's own, with as many pairs at a time as a batch has")
+    if plan.work.is_counted:
+        lines.append(f"prompts have {plan.work.prompt_tokens} tokens: a token for {BYTES_PER_TOKEN} bytes of text")
+    else:
+        lines.append(f"prompts have {PROMPT_TOKENS} tokens, questions {CHOICES} choices")
+    lines.append("every completion is as long as sampling.max_new_tokens lets it be, and every one loses")
+    lines.append(f"GB are 10^9 bytes; {gb(2 * GB)} of each GPU, and host memory of processes, are allowances")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """For people: 12 s, 5 min, 3.2 h."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,48 @@
+"""What only a GPU can show of an engine: it gives its memory back while it sleeps, and is the same afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from calm_ray.policies import BaseModel, Policy
+from calm_ray.sampling.engine import EngineSpec
+from calm_ray.sampling.pool import EnginePool
+from calm_ray.sections import Engines
+from calm_ray.testing import word_tokenizer, write_tiny_model
+
+pytestmark = pytest.mark.gpu(1)
+
+
+@pytest.fixture
+def local_ray() -> Iterator[None]:
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def free_memory() -> int:
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def test_a_sleeping_engine_gives_its_memory_back(local_ray: None, tmp_path: Path) -> None:
+    words = [f"w{number}" for number in range(1000)]
+    model = write_tiny_model(tmp_path / "model", word_tokenizer(words), width=1024, layers=8)
+    settings = Engines(shared=1, args={"max_model_len": 256, "gpu_memory_utilization": 0.5, "enforce_eager": True})
+    spec = EngineSpec(BaseModel(str(model)), settings, None, "gpu", seed=0, is_colocated=True)
+    free = free_memory()
+    with EnginePool(spec, ["en"], print) as pool:
+        pool.load(Policy())
+        awake = free_memory()
+        before = pool.writers(["w1 w2 w3", "w4 w5"], 32)
+        with pool.asleep():
+            asleep = free_memory()
+        after = pool.writers(["w1 w2 w3", "w4 w5"], 32)
+    held = free - awake
+    print(f"awake {held / 2**30:.1f} GiB, asleep {(free - asleep) / 2**30:.1f} GiB")
+    assert free - asleep < 0.1 * held
+    assert before == after

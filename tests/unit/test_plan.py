@@ -1,0 +1,190 @@
+"""`calm-ray plan`: what is counted, how long it may take, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calm_ray.config import Config
+from calm_ray.errors import InputError, ResourceError
+from calm_ray.planning.durations import BANDWIDTH_SHARE, FLOPS_SHARE, train_flops
+from calm_ray.planning.hardware import nodes_alike
+from calm_ray.planning.model_shape import shape_of
+from calm_ray.planning.plan import Plan, make_plan
+from calm_ray.planning.report import duration, show_plan
+from calm_ray.planning.work import Counts, count_questions, work_of
+from calm_ray.recipes import RECIPES, load_config
+
+PIECES = {
+    *("llama", "mistral", "xcsqa", "medqa", "base", "bilingual", "joint", "mmmlu", "bmlama"),
+    *("sft_gold", "dpo_gold", "calm", "qwen2.5", "gemma3", "qwen3", "aya", "llama3.1"),
+}
+"""What recipes extend, and what is none by itself."""
+WHOLE = [path for path in sorted(RECIPES.rglob("*.yaml")) if path.stem not in PIECES]
+LLAMA = RECIPES / "llama3_8b.yaml"
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> list[str]:
+    """Overrides that name two questions to align on and one held out, each in six languages."""
+    for name, count in (("align", 2), ("evaluate", 1)):
+        rows = [
+            {"question_id": f"{name}{i}", "language": code, "text": "t" * 32, "choices": ["aaaa", "bbbb"], "gold": "A"}
+            for i in range(count)
+            for code in ("en", "zh", "fr", "de", "it", "ja")
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [f"questions.{name}={tmp_path}/{name}.jsonl" for name in ("align", "evaluate")]
+
+
+def planned(config: Config, nodes: int = 2) -> Plan:
+    return make_plan(config, shape_of(config.model), nodes_alike(nodes))
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
+def test_every_recipe_plans_on_two_machines_of_eight_gpus(path: Path) -> None:
+    config = load_config(path)
+    plan = make_plan(config, shape_of(config.model), nodes_alike(2))
+    assert sum(place.engines for place in plan.layout.places) == len(config.engines.homes(config.languages))
+    assert sum(place.workers for place in plan.layout.places) == config.train.most_workers
+    assert ("train" in plan.seconds) == (config.device == "gpu" and config.rounds > 0)
+    assert json.dumps(plan.as_json())
+
+
+def test_completions_and_pairs_are_counted(questions: list[str]) -> None:
+    config = load_config(LLAMA, questions)
+    counts = count_questions(config)
+    assert counts == Counts(align=2, evaluate=1, is_counted=True, prompt_tokens=10, choices=2)  # 40 bytes, 4 a token
+    work = work_of(config, shape_of(config.model), counts)
+    assert work.completions == 2 * 6 * 3
+    assert work.sampled == 36 * 512
+    assert work.pairs == 36
+    assert work.pair_tokens == 2 * (10 + 512)
+    assert (work.asked, work.answered) == (6 * 10, 6 * 512)
+    assert work.disk["samples"] == 36 * 522 * 12
+    assert work.disk["adapter"] == 4 * 3_407_872
+    assert work.disk["checkpoints"] == 2 * 3 * 4 * 3_407_872
+
+
+def test_a_split_divides_the_questions(questions: list[str]) -> None:
+    config = load_config(LLAMA, [questions[0], "questions.evaluate=null", "questions.split={train: 1}"])
+    counts = count_questions(config)
+    assert (counts.align, counts.evaluate) == (1, 1)
+
+
+def test_dco_scores_candidates_and_draws_pairs() -> None:
+    config = load_config(RECIPES / "dco" / "table2_xcsqa_qwen2.5.yaml")
+    work = work_of(config, shape_of(config.model), Counts(800, 200, True, prompt_tokens=100, choices=5))
+    assert (work.completions, work.sampled, work.translated) == (0, 0, 0)
+    assert work.scored == 800 * 2 * 100  # one request for all letters
+    assert work.pairs == 800 * 2 * 7
+    assert work.pair_tokens == 2 * 101
+    assert (work.asked, work.answered) == (200 * 2 * 100, 0)
+    assert work.disk["weights"] == 2 * 14 * 10**9
+
+
+def test_files_that_are_not_here_count_as_one_question() -> None:
+    assert not count_questions(load_config(LLAMA)).is_counted
+
+
+def test_the_demo_counts_its_own_questions() -> None:
+    counts = count_questions(load_config())
+    assert counts.is_counted
+    assert counts.align > counts.evaluate > 0
+
+
+def test_seconds_follow_from_the_data_sheet(questions: list[str]) -> None:
+    """On A100 with 80 GB: 312 TFLOP/s, 2,039 GB/s."""
+    plan = planned(load_config(LLAMA, questions))
+    training = 8 * 312e12 * FLOPS_SHARE  # FLOP/s of eight workers
+    tokens = 36 * 2 * 522
+    assert plan.seconds["train"] == pytest.approx(3 * 6 * 8e9 * tokens / training)  # 3 epochs; 2 + 2 + 2 FLOPs
+    assert plan.seconds["reference"] == pytest.approx(2 * 8e9 * tokens / training)
+    sequences, length = 36 / 6, 10 + 512 / 2  # of each of six engines
+    step = (2 * 8e9 + sequences * length * 131072) / (2.039e12 * BANDWIDTH_SHARE)
+    reading = 2 * 6 * 10 * 2 * 8e9 / (6 * 312e12 * FLOPS_SHARE)
+    assert plan.seconds["sample"] == pytest.approx(36 * 512 * step / sequences / 6 + reading)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "flops"),
+    [
+        (["train.activation_checkpointing=false"], 4),
+        ([], 6),
+        (["train.lora=null", "engines.refresh=merged"], 8),
+    ],
+)
+def test_flops_of_a_training_step(overrides: list[str], flops: int) -> None:
+    assert train_flops(load_config(LLAMA, overrides)) == flops
+
+
+def test_more_pairs_keep_more_workers_busy(questions: list[str]) -> None:
+    """A step of eight pairs has no work for more than eight workers."""
+    seconds = [
+        planned(load_config(LLAMA, [*questions, *more]), nodes=4).seconds["train"]
+        for more in ([], ["train.workers=16"], ["train.workers=16", "train.batch_pairs=16"])
+    ]
+    assert seconds[0] == seconds[1] == pytest.approx(2 * seconds[2])
+
+
+def test_the_plan_is_printed(questions: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan(LLAMA, ["engines.tensor_parallel_size=2", *questions], nodes=3, gpus_per_node=8, gpu_memory=80)
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "STRICT_PACK, 2",
+        "node 1",
+        "36 completions, 18,432 tokens",
+        "A100-80, 312 TFLOP/s",
+        "8B by its name",
+    ):
+        assert words in printed
+
+
+def test_the_plan_is_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan(LLAMA, as_json=True)
+    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert [place["engines"] for place in plan["nodes"]] == [6, 0]  # the fewest machines with eight GPUs each
+    assert plan["engine"]["kv_per_token"] == 131072
+    show_plan(None, as_json=True)
+    demo: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert [node["node"]["name"] for node in demo["nodes"]] == ["this machine"]
+    assert demo["seconds"] == {}
+
+
+def test_a_configuration_file_tells_the_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    show_plan(LLAMA, ["model=openai/gpt"], nodes=2, as_json=True, model_config=tmp_path / "config.json")
+    assert json.loads(capsys.readouterr().out)["model"]["hidden"] == 64
+    with pytest.raises(InputError, match="--model-config"):
+        show_plan(LLAMA, ["model=openai/gpt"], nodes=2)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ResourceError, match="6 of 8 training workers have no place"):
+        show_plan(LLAMA, nodes=1)
+    with pytest.raises(InputError, match="leave it out, or the other options"):
+        show_plan(LLAMA, cluster="cluster.yaml", nodes=2)
+    with pytest.raises(InputError, match="nodes: must be a whole number"):
+        show_plan(LLAMA, nodes=0)
+
+
+def test_durations_are_for_people() -> None:
+    assert [duration(value) for value in (0.46, 59, 1000, 10_000)] == ["0.46 s", "59 s", "17 min", "2.8 h"]
+
+
+def test_planning_starts_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom calm_ray.planning.report import show_plan\n"
+        f"show_plan({str(LLAMA)!r}, nodes=2, as_json=True)\nshow_plan(None, as_json=True)\n"
+        "print('LOADED', sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split("LOADED")[1]
+    for name in ("vllm", "ray", "torch", "transformers"):
+        assert f"'{name}'" not in loaded

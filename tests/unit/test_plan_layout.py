@@ -1,0 +1,255 @@
+"""Where engines and workers go, what does not fit, and what would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from calm_ray.config import Config
+from calm_ray.errors import InputError, ResourceError
+from calm_ray.planning.hardware import DEVICES, GB, GIB, Node, node_of_instance, nodes_alike, nodes_of_launcher
+from calm_ray.planning.layout import Layout, lay_out
+from calm_ray.planning.model_shape import shape_of
+from calm_ray.planning.needs import needs_of, shortage
+from calm_ray.planning.plan import check_plan
+from calm_ray.planning.proposals import changed, proposals
+from calm_ray.recipes import RECIPES, load_config
+
+LLAMA = "llama3_8b.yaml"
+SEVENTY = ["model=x/Llama-3-70B", "engines={shared: 1, per_language: null, args: {max_model_len: 2048}}"]
+FULL = ["train.lora=null", "engines.refresh=merged"]
+
+
+def recipe(*overrides: str, name: str = LLAMA) -> Config:
+    return load_config(RECIPES / name, list(overrides))
+
+
+def layout(nodes: list[Node], *overrides: str, name: str = LLAMA) -> Layout:
+    config = recipe(*overrides, name=name)
+    return lay_out(config, shape_of(config.model), nodes)
+
+
+def given(found: Layout) -> list[tuple[int, int, int]]:
+    """(engines, workers, GPUs) of each node."""
+    return [(place.engines, place.workers, place.gpus) for place in found.places]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "places"),
+    [
+        (2, [], [(6, 2, 8), (0, 6, 6)]),
+        (3, ["engines.tensor_parallel_size=4"], [(2, 0, 8), (2, 0, 8), (2, 0, 8)]),
+        (4, ["engines.tensor_parallel_size=4"], [(2, 0, 8), (2, 0, 8), (2, 0, 8), (0, 8, 8)]),
+        (2, ["engines={shared: 3, tensor_parallel_size: 4}", "train.workers=4"], [(2, 0, 8), (1, 4, 8)]),
+        (1, ["placement=colocate"], [(6, 8, 8)]),
+        (1, ["placement=colocate", "engines={per_language: null, shared: 8}"], [(8, 8, 8)]),
+        (2, ["placement=colocate", "engines={per_language: null, shared: 2, tensor_parallel_size: 8}"],
+         [(1, 8, 8), (1, 0, 8)]),
+        (2, ["train.workers=[2, 16]"], [(6, 2, 8), (0, 8, 8)]),
+        (1, ["train.workers=[2, 16]"], [(6, 2, 8)]),
+    ],
+)  # fmt: skip
+def test_nodes_take_engines_first_and_then_workers(
+    nodes: int, overrides: list[str], places: list[tuple[int, int, int]]
+) -> None:
+    assert given(layout(nodes_alike(nodes), *overrides)) == places
+
+
+def test_an_engine_does_not_span_nodes() -> None:
+    """Six GPUs on each node: a third engine of four would have to take two from each."""
+    nodes = nodes_alike(2, gpus=6)
+    found = layout(nodes, "engines={per_language: null, shared: 3, tensor_parallel_size: 4}", "train.workers=1")
+    assert [place.engines for place in found.places] == [1, 1]
+    assert found.problems[0].startswith("1 of 3 engines have no place: each takes 4 CPU, 4 GPU, 16.0 GB on one node")
+
+
+def test_elastic_workers_are_as_many_as_fit_and_least_must() -> None:
+    found = layout(nodes_alike(1), "train.workers=[2, 1000000000]")
+    assert found.problems == []
+    assert found.needs.count("worker") == 2
+    [problem] = layout(nodes_alike(1), "train.workers=[3, 16]").problems
+    assert problem.startswith("1 of 3 training workers have no place")
+
+
+def test_elastic_workers_must_have_room_when_few_are_left() -> None:
+    """A model of 70 billion parameters, of which each of two workers holds a half, and each of sixteen little."""
+    elastic = [*SEVENTY, "engines.tensor_parallel_size=4", "train.workers=[2, 16]"]
+    [problem] = layout(nodes_alike(3), *elastic).problems
+    assert "a training worker needs" in problem
+    assert "70.0 GB weights" in problem
+    assert layout(nodes_alike(3), *elastic, "train.workers=[4, 16]").problems == []
+
+
+def test_what_is_short_is_said_in_numbers() -> None:
+    [problem] = layout(nodes_alike(1)).problems
+    assert problem == (
+        "6 of 8 training workers have no place: each takes 1 CPU, 1 GPU, 4.0 GB on one node; the run takes 14 CPU, "
+        "14 GPU in all, and 1 node has 96 CPU, 8 GPU, 1,237.0 GB of host memory"
+    )
+    [problem] = layout(nodes_alike(2), *SEVENTY).problems
+    assert problem == (
+        "an engine needs 144.3 GB on each GPU before its cache (140.0 GB weights, 2.3 GB activations, 2.0 GB for "
+        "CUDA) and may take 73.6 GB: 70.7 GB short"
+    )
+    [problem] = layout(nodes_alike(2), "engines.tensor_parallel_size=3", "engines.per_language=null",
+                       "engines.shared=2").problems  # fmt: skip
+    assert problem == "engines.tensor_parallel_size=3 does not divide the model's 32 heads"
+
+
+def test_a_sequence_must_fit_into_the_cache() -> None:
+    """40 GB hold the weights, and 125,919 tokens of 128 KiB beside them."""
+    [problem] = layout(nodes_alike(2, gpu_memory=40), "engines.args.max_model_len=131072").problems
+    assert problem.endswith("125,919 tokens, and one sequence may have 131,072: 5,153 tokens short")
+    assert layout(nodes_alike(2, gpu_memory=40), "engines.args.max_model_len=-1").problems == []
+
+
+def test_host_memory_counts_by_node() -> None:
+    """Six engines and two workers of 4 GB each, on nodes that may be filled to 95 %."""
+    enough, short = (nodes_alike(2, memory=memory) for memory in (32 / 0.95 + 0.01, 32 / 0.95 - 0.01))
+    assert given(layout(enough)) == [(6, 2, 8), (0, 6, 6)]
+    assert given(layout(short)) == [(6, 1, 7), (0, 7, 7)]
+
+
+def test_what_is_not_known_is_not_checked() -> None:
+    nodes = [Node("a", cpus=64, gpus=8), Node("b", cpus=64, gpus=8)]
+    assert layout(nodes, *SEVENTY).problems == []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "expected"),
+    [
+        (nodes_alike(1), [], ["placement=colocate", "train.workers=2"]),
+        (nodes_alike(1, gpus=4), ["train.workers=1"], ["engines.per_language=null engines.shared=3"]),
+        (nodes_alike(2), [*SEVENTY, "train.workers=4"], ["engines.tensor_parallel_size=4"]),
+        (nodes_alike(2), [*FULL, "train.workers=2"], ["train.workers=4"]),
+        (nodes_alike(2, gpu_memory=30), ["train.activation_checkpointing=false"],
+         ["train.activation_checkpointing=true"]),
+        (nodes_alike(2, gpu_memory=24), ["train.activation_checkpointing=false", "engines.args.max_model_len=1024"],
+         ["train.activation_checkpointing=true"]),
+        (nodes_alike(1), [*SEVENTY], ["engines.tensor_parallel_size=4 placement=colocate",
+                                      "engines.tensor_parallel_size=4 train.workers=4"]),
+        (nodes_alike(1, gpus=0, cpus=8, memory=1000), ["device=cpu", "engines.cpus=4", "train.cpus_per_worker=0.2"],
+         ["engines.per_language=null engines.shared=1", "engines.cpus=0.5"]),
+    ],
+)  # fmt: skip
+def test_every_proposal_fits(nodes: list[Node], overrides: list[str], expected: list[str]) -> None:
+    config = recipe(*overrides)
+    shape = shape_of(config.model)
+    assert lay_out(config, shape, nodes).problems
+    found = proposals(config, shape, nodes)
+    assert [" ".join(change) for change in found][: len(expected)] == expected
+    for change in found:
+        after = changed(config, change)
+        assert after is not None
+        assert lay_out(after, shape, nodes).problems == []
+
+
+def test_a_job_is_refused_with_what_would_fit(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "vocab_size": 128256}
+        )
+    )  # fmt: skip
+    check_plan(recipe(), tmp_path, nodes_alike(2))
+    with pytest.raises(ResourceError, match=r"(?s)6 of 8 training workers.*fit on these nodes with\n  placement=colo"):
+        check_plan(recipe(), tmp_path, nodes_alike(1))
+    with pytest.raises(ResourceError, match="no change of one or two keys would make it fit"):
+        check_plan(recipe(), tmp_path, [Node("laptop", cpus=8)])
+    assert ResourceError.exit_code == 3
+
+
+def test_what_ray_is_asked_for() -> None:
+    """As `calm_ray.cluster` counts it: workers beside sleeping engines take no GPU of their own."""
+    assert needs_of(recipe()).total == {"CPU": 14.0, "GPU": 14.0}
+    assert needs_of(recipe("placement=colocate")).total == {"CPU": 14.0, "GPU": 8.0}
+    assert needs_of(recipe("train.workers=[2, 8]"), workers=2).total == {"CPU": 8.0, "GPU": 8.0}
+    node = {"CPU": 96.0, "GPU": 8.0}
+    assert shortage(needs_of(recipe()), {"CPU": 192.0, "GPU": 16.0}, [node]) is None
+    problem = shortage(needs_of(recipe()), {"CPU": 96.0, "GPU": 8.0}, [node])
+    assert problem is not None
+    assert "14 GPU (the cluster has at most 8)" in problem
+
+
+def test_the_launchers_file_names_its_machines(tmp_path: Path) -> None:
+    nodes = nodes_of_launcher(RECIPES.parent.parent / "cluster.yaml")
+    assert [node.name for node in nodes] == ["head", *(f"a100x8 {number}" for number in range(1, 9))]
+    assert nodes[0] == Node("head", cpus=8, memory=32 * GIB)  # an m5.2xlarge
+    assert nodes[1] == Node("a100x8 1", 96, 8, 40 * GB, 1152 * GIB, "A100-40")
+
+
+def launcher(tmp_path: Path, **worker: object) -> Path:
+    path = tmp_path / "cluster.yaml"
+    kinds = {"head": {"resources": {"CPU": 4}}, "worker": {"max_workers": 3, **worker}}
+    text = {"head_node_type": "head", "max_workers": 2, "available_node_types": kinds}
+    path.write_text(yaml.safe_dump(text))
+    return path
+
+
+def test_resources_of_the_launchers_file_go_first(tmp_path: Path) -> None:
+    path = launcher(tmp_path, resources={"CPU": 64, "GPU": 4, "memory": 500 * GB}, node_config={"vmSize": "x"})
+    worker = nodes_of_launcher(path, gpu_memory=80)[1]
+    assert worker == Node("worker 1", 64, 4, 80 * GB, 500 * GB)
+    assert len(nodes_of_launcher(path)) == 3  # the head, and two by the smaller max_workers
+    assert nodes_of_launcher(path)[1].gpu_memory is None
+
+
+@pytest.mark.parametrize(
+    ("worker", "message"),
+    [
+        ({"node_config": {"InstanceType": "p9.99xlarge"}}, r"worker\.node_config\.InstanceType: 'p9.99xlarge' is not"),
+        ({"node_config": {}}, r"worker: names neither resources\.CPU nor node_config\.InstanceType"),
+        ({"resources": {"CPU": -1}}, r"worker\.resources\.CPU: must be a number, 0 or more \(it is -1\)"),
+        ({"resources": [1]}, "worker: resources and node_config must be mappings"),
+        ({"max_workers": "many", "resources": {"CPU": 1}}, r"worker\.max_workers: must be a whole number"),
+    ],
+)
+def test_bad_machines_are_named(tmp_path: Path, worker: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        nodes_of_launcher(launcher(tmp_path, **worker))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no file"),
+        ("- 1", "is no mapping"),
+        ("a: [", "not readable as YAML"),
+        ("head_node_type: a", "available_node_types: is missing"),
+        ("{head_node_type: b, available_node_types: {a: {}}}", "head_node_type: 'b' is none of a"),
+    ],
+)
+def test_bad_launchers_files_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "cluster.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        nodes_of_launcher(tmp_path / "cluster.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 0}, r"nodes: must be a whole number from 1 to 4096 \(it is 0\)"),
+        ({"gpus": -1}, "gpus-per-node: must be a whole number"),
+        ({"gpu_memory": -80}, r"gpu-memory: must be above 0 \(it is -80\)"),
+        ({"gpu_memory": float("nan")}, "gpu-memory: must be above 0"),
+        ({"cpus": 0}, "cpus-per-node: must be above 0"),
+        ({"memory": float("inf")}, "host-memory: must be above 0"),
+        ({"gpu": "A1000"}, "gpu: 'A1000' is not known; known are A100-40"),
+    ],
+)
+def test_bad_nodes_are_named(values: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        nodes_alike(**{"count": 1, **values})  # type: ignore[arg-type]
+
+
+def test_machines_of_aws() -> None:
+    assert node_of_instance("m5.large", "a", "x") == Node("a", 2, memory=8 * GIB)
+    assert node_of_instance("r6i.4xlarge", "a", "x") == Node("a", 16, memory=128 * GIB)
+    p5 = node_of_instance("p5.48xlarge", "a", "x")
+    assert (p5.cpus, p5.gpus, p5.device) == (192, 8, DEVICES["H100"])
+    guessed = [Node("a", 1, 1, memory * GB).device.name for memory in (40, 80, 141)]
+    assert guessed == ["A100-40", "A100-80", "H200"]

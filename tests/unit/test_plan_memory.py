@@ -1,0 +1,237 @@
+"""What engines and training workers hold, against sums made by hand and against what torch keeps."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from calm_ray.config import Config
+from calm_ray.errors import InputError
+from calm_ray.planning.hardware import DEVICES, GB, GIB
+from calm_ray.planning.memory import (
+    CUDA_ALLOWANCE,
+    engine_memory,
+    host_memory,
+    kept_per_token,
+    pack_tokens,
+    worker_memory,
+)
+from calm_ray.planning.model_shape import WORLD_SHAPE, Shape, shape_of, shape_of_config, shape_of_folder, shape_of_name
+from calm_ray.recipes import RECIPES, load_config
+from calm_ray.sections import Lora, Train
+from calm_ray.training import attention
+from calm_ray.world import pretraining
+
+LLAMA3_8B = {
+    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+A100 = DEVICES["A100-80"]
+PARAMETERS = 8_030_261_248
+"""Of Llama 3 8B: its files on the hub hold 16,060,522,496 bytes of bfloat16."""
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Shape:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B))
+    return shape_of_config(tmp_path / "config.json")
+
+
+def recipe(*overrides: str) -> Config:
+    return load_config(RECIPES / "llama3_8b.yaml", list(overrides))
+
+
+def test_llama_3_8b_has_the_size_that_is_known_of_it(llama: Shape) -> None:
+    assert llama.parameters == PARAMETERS
+    assert 2 * llama.kv_values == 128 * 1024  # bytes of a token in bfloat16
+    assert llama.root_parameters == 2 * 128256 * 4096 + 4096
+    assert llama.lora_parameters(Lora(r=8, targets=["q_proj", "v_proj"])) == 32 * 8 * (2 * 4096 + 4096 + 1024)
+
+
+def test_an_engine_holds_weights_and_fills_the_rest_with_its_cache(llama: Shape) -> None:
+    engine = engine_memory(recipe(), llama, 80 * GB, A100)  # gpu_memory_utilization: 0.9, max_model_len: 2048
+    assert engine.weights == 2 * PARAMETERS
+    batch = 8192 * 2 * (2 * 4096 + 3 * 14336)  # tokens, bytes, residual stream and the MLP
+    assert engine.activations == batch + 256 * 128256 * 20
+    assert engine.kv_cache == int(0.9 * 80 * GB) - engine.weights - engine.activations - CUDA_ALLOWANCE
+    assert engine.cached_tokens == engine.kv_cache // (128 * 1024)
+    assert engine.full_sequences == pytest.approx(engine.cached_tokens / 2048)
+
+
+def test_two_gpus_share_an_engine(llama: Shape) -> None:
+    one, two = (engine_memory(recipe(f"engines.tensor_parallel_size={n}"), llama, 80 * GB, A100) for n in (1, 2))
+    assert two.weights == PARAMETERS
+    assert two.kv_per_token == one.kv_per_token
+    assert two.cached_tokens == two.kv_cache // (64 * 1024)  # each GPU keeps half of the heads
+    sixteen = engine_memory(recipe("engines.tensor_parallel_size=16"), llama, 80 * GB, A100)
+    assert sixteen.cached_tokens == sixteen.kv_cache // (16 * 1024)  # eight heads, each on two GPUs
+
+
+def test_arguments_of_vllm_change_the_cache(llama: Shape) -> None:
+    plain = engine_memory(recipe("engines.args={}"), llama, 80 * GB, A100)
+    assert plain.limit == int(0.92 * 80 * GB)  # vLLM's default
+    assert plain.context == 8192
+    small = engine_memory(recipe("engines.args={kv_cache_dtype: fp8}"), llama, 80 * GB, A100)
+    assert small.cached_tokens == pytest.approx(2 * plain.cached_tokens, abs=1)
+    given = engine_memory(recipe(f"engines.args={{kv_cache_memory_bytes: {GIB}}}"), llama, 80 * GB, A100)
+    assert given.cached_tokens == 8192
+    h100 = engine_memory(recipe(), llama, 80 * GB, DEVICES["H100"])
+    assert h100.most_sequences == 1024
+    with pytest.raises(InputError, match=r"engines\.args\.max_num_seqs: must be a number above 0 \(it is 'many'\)"):
+        engine_memory(recipe("engines.args.max_num_seqs=many"), llama, 80 * GB, A100)
+
+
+def test_lora_keeps_frozen_weights_and_a_small_optimiser(llama: Shape) -> None:
+    worker = worker_memory(recipe(), llama, workers=8)
+    assert worker.weights == 2 * PARAMETERS // 8
+    assert worker.optimiser == 16 * 3_407_872 // 8  # adapter, gradient and two moments in float32
+    layer = (PARAMETERS - llama.root_parameters) // 32
+    assert worker.gathered == 2 * (llama.root_parameters + 2 * layer)
+    assert worker.tokens == 4096
+    kept = 4096 * (32 * 4096 * 2)  # with checkpointing, each layer's input
+    assert worker.activations == kept + 2 * 4096 * kept_per_token(recipe().train, llama)
+
+
+def test_full_fine_tuning_takes_sixteen_bytes_a_parameter(llama: Shape) -> None:
+    full = recipe("train.lora=null", "engines.refresh=merged")
+    eight, four = (worker_memory(full, llama, workers) for workers in (8, 4))
+    assert eight.weights + eight.optimiser == 16 * PARAMETERS // 8
+    assert four.weights + four.optimiser == 2 * (eight.weights + eight.optimiser)
+    hybrid = worker_memory(recipe("train.lora=null", "engines.refresh=merged", "train.shards=4"), llama, 8)
+    assert hybrid == four
+
+
+def test_a_pair_may_be_larger_than_a_pack(llama: Shape) -> None:
+    assert pack_tokens(recipe("engines.args.max_model_len=8192"), llama) == 2 * 4096  # train.max_pair_tokens
+    assert pack_tokens(recipe("engines.args.max_model_len=8192", "method=sft"), llama) == 4096
+    assert pack_tokens(recipe("engines.args.max_model_len=1024"), llama) == 4096
+
+
+def test_sleeping_engines_leave_their_weights_in_the_host(llama: Shape) -> None:
+    def host(*overrides: str) -> int:
+        config = recipe(*overrides)
+        engine = engine_memory(config, llama, 80 * GB, A100)
+        return host_memory(config, llama, engine, worker_memory(config, llama, 8)).engine
+
+    assert host("placement=colocate") - host() == 2 * PARAMETERS
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("lora", [None, Lora(), Lora(r=16, targets=["q_proj", "k_proj", "o_proj", "up_proj"])])
+def test_a_layer_keeps_what_torch_says_it_keeps(lora: Lora | None, dtype: Any) -> None:
+    train = Train(learning_rate=1e-3, warmup_share=0.0, lora=lora, dtype=dtype)
+    measured = (_kept(train, layers=3) - _kept(train, layers=1)) / 2
+    shape = Shape(128, 1, 448, 4, 2, 32, 256, False, 512, 0, "")
+    assert kept_per_token(train, shape) == pytest.approx(measured, rel=0.01)
+
+
+def _kept(train: Train, layers: int, tokens: int = 64) -> float:
+    """Bytes for each token that a small Llama keeps for its backward pass, weights aside."""
+    attention.register()
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=448, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation=attention.VARLEN,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config).to(getattr(torch, train.dtype))
+    decoder = model.model
+    if train.lora is not None:
+        get_peft_model(model, LoraConfig(r=train.lora.r, target_modules=list(train.lora.targets), lora_dropout=0.0))
+    of_model = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in of_model:
+            kept[place] = tensor
+        return tensor
+
+    boundaries = torch.tensor([0, tokens], dtype=torch.int32)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        decoder(
+            input_ids=torch.zeros(1, tokens, dtype=torch.long), position_ids=torch.arange(tokens)[None],
+            cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, max_length_q=tokens, max_length_k=tokens,
+            use_cache=False,
+        )  # fmt: skip
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / tokens
+
+
+def test_files_say_the_parameters_and_whether_the_head_is_shared(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    shape = shape_of_folder(tmp_path)
+    assert shape.tied
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    (tmp_path / "model.safetensors").unlink()
+    assert shape_of_folder(tmp_path).parameters == shape.parameters  # by the configuration alone
+
+
+def test_experts_count_each(tmp_path: Path, llama: Shape) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA3_8B, "num_local_experts": 8}))
+    more = shape_of_folder(tmp_path).parameters - llama.parameters
+    assert more == 7 * 32 * 3 * 4096 * 14336
+
+
+def test_the_demo_has_the_shape_that_it_is_made_with() -> None:
+    made = (pretraining.WIDTH, pretraining.MLP, pretraining.LAYERS, pretraining.HEADS)
+    assert made == (WORLD_SHAPE.hidden, WORLD_SHAPE.intermediate, WORLD_SHAPE.layers, WORLD_SHAPE.heads)
+    assert shape_of("world") == WORLD_SHAPE
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "hidden"),
+    [
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8e9, 4096),
+        ("mistralai/Mistral-7B-Instruct-v0.2", 7e9, 4096),
+        ("Qwen/Qwen2.5-14B", 14e9, 5120),
+        ("/shared/models/gemma-3-12b-pt", 12e9, 5120),
+        ("Qwen/Qwen2.5-0.5B", 0.5e9, 896),
+        ("HuggingFaceTB/SmolLM2-360M", 0.36e9, 896),
+        ("mistralai/Mixtral-8x7B-v0.1", 56e9, 8192),
+    ],
+)
+def test_a_name_says_a_size(name: str, size: float, hidden: int) -> None:
+    shape = shape_of_name(name)
+    assert (shape.parameters, shape.hidden, shape.is_assumed) == (size, hidden, True)
+
+
+def test_models_of_no_known_size_are_refused() -> None:
+    with pytest.raises(InputError, match=r"size of openai/gpt is not known.*--model-config"):
+        shape_of("openai/gpt")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_size", None), ("hidden_size", "big"), ("vocab_size", 0), ("head_dim", True)]
+)
+def test_bad_configurations_are_named(tmp_path: Path, field: str, value: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA3_8B, field: value}))
+    with pytest.raises(InputError, match=f"{field}: must be a whole number"):
+        shape_of_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"abc", struct.pack("<Q", 2**62) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 7) + b'{"a":1}'],
+)
+def test_bad_files_are_refused_without_reading_them_whole(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B))
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        shape_of_folder(tmp_path)
+
+
+def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    assert shape_of_folder(tmp_path).parameters > 0  # counted by the configuration; nothing outside was opened
