@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,8 +89,19 @@ def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
 
     Raises InputError for bad input of any of them before an engine starts.
     """
+    from calm_ray.lock import locked
+    from calm_ray.progress import say
+
+    with ExitStack() as locks:
+        for one in contenders:
+            locks.enter_context(locked(one.run.storage, say))
+        _run_all(contenders, overwrite)
+
+
+def _run_all(contenders: Sequence[Contender], overwrite: bool) -> None:
     from calm_ray.about import about
     from calm_ray.cluster import check_layout, check_resources, check_storage, cluster
+    from calm_ray.cluster_lock import locked_in_cluster
     from calm_ray.comparison.shared import check_common_start
     from calm_ray.mending import mend
     from calm_ray.planning.needs import needs_of
@@ -106,7 +118,9 @@ def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
         return
     inputs = _prepare(todo, None if overwrite else _model_of(contenders), overwrite)
     needs = [needs_of(one.config) for one in todo]
-    with cluster(max(needs, key=lambda one: (one.total["GPU"], one.total["CPU"]))):
+    with cluster(max(needs, key=lambda one: (one.total["GPU"], one.total["CPU"]))), ExitStack() as locks:
+        for one in todo:
+            locks.enter_context(locked_in_cluster(one.run.uri))
         for one, one_needs in zip(todo, needs, strict=True):
             check_resources(one_needs)
             check_layout(one.config, inputs.folder)
@@ -119,8 +133,7 @@ def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
         check_storage(first.run.storage)
         config, model = first.config, first.run.model
         assert model is not None
-        spec = engine_spec(config, model)
-        with EnginePool(spec, config.languages, say) as pool:
+        with EnginePool(engine_spec(config, model), config.languages, say) as pool:
             check_storage(first.run.storage)  # again, for nodes that came with the engines
             for one in todo:
                 _run(one, contenders, pool, inputs)

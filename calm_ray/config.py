@@ -7,11 +7,13 @@ types are refused with the nearest known name. The sections are in `calm_ray.sec
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from calm_ray.languages import LANGUAGES
+from calm_ray.safety import local_problem, refuse_secrets
 from calm_ray.sections import (
     Candidates,
     Dco,
@@ -20,6 +22,7 @@ from calm_ray.sections import (
     Questions,
     Sampling,
     Section,
+    Seed,
     Train,
     World,
     unknown_name,
@@ -27,6 +30,8 @@ from calm_ray.sections import (
 
 WORLD = "world"
 """The value of `model` that stands for the embedded demo."""
+
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Objective = Literal["dpo", "sft", "dco"]
 
@@ -44,12 +49,12 @@ TRAIN_BY_OBJECTIVE: dict[Objective, dict[str, Any]] = {
 class Config(Section):
     """One run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
+    name: Annotated[str, Field(pattern=RUN_NAME, max_length=128)]
     """The run lives in `storage`/`name`."""
     storage: str = Field(default_factory=lambda: os.environ.get("CALM_RAY_STORAGE", "~/calm_ray/runs"), min_length=1)
     """An absolute path or a URI that every node of the cluster sees."""
-    seed: int = 0
-    rounds: Annotated[int, Field(ge=0)] = 1
+    seed: Seed = 0
+    rounds: Annotated[int, Field(ge=0, le=10_000)] = 1
     """How often to sample, prefer and train; 0 only scores, and shows what the optimal policy would be."""
     method: Literal["calm", "sft", "dco", "dpo_gold", "sft_gold"] = "calm"
     """CALM: DPO on the pairs of a vote; `sft`, its baseline: supervised training on their chosen side. DCO: margins
@@ -67,7 +72,7 @@ class Config(Section):
     sampling: Sampling = Sampling()
     engines: Engines
     placement: Literal["split", "colocate"] = "split"
-    """Engines and training workers have GPUs of their own, or share them: the engines then sleep while training runs."""
+    """Engines and training workers have GPUs of their own, or share them: engines then sleep while training runs."""
     candidates: Candidates | None = None
     """With this section a policy is evaluated by the candidate that it finds likeliest, and RankC can be measured."""
     preferences: Preferences = Preferences()
@@ -86,6 +91,26 @@ class Config(Section):
             if method.endswith("_gold") and isinstance(raw.get("preferences", {}), dict):
                 raw["preferences"] = {"winner": "gold", **raw.get("preferences", {})}
         return raw
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_credentials(cls, raw: Any) -> Any:
+        """First of all, so that no message about another field repeats one."""
+        refuse_secrets(raw)
+        return raw
+
+    @model_validator(mode="after")
+    def _places_can_be_used(self) -> Config:
+        questions = self.questions
+        places = {"storage": self.storage, "model": self.model, "init_from": self.init_from}
+        places |= {f"questions.{name}": getattr(questions, name) for name in ("align", "evaluate", "translate")}
+        for field, place in places.items():
+            refuse_secrets(place, field)  # again, for a storage that the environment names
+            if place is not None and (problem := local_problem(place)):
+                raise ValueError(f"{field}: {problem}")
+        if self.init_from is not None and "/" not in self.init_from and not re.search(RUN_NAME, self.init_from):
+            raise ValueError(f"init_from: {self.init_from!r} is neither a run's name nor a folder or a URI")
+        return self
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Config:
@@ -114,7 +139,14 @@ class Config(Section):
         return self
 
     def _check_workers(self) -> None:
-        train = self.train
+        train, engines = self.train, self.engines.count(self.languages)
+        if self.engines.min_engines > engines:
+            raise ValueError(f"engines.min_engines: is more than the run's engines ({engines})")
+        if self.placement == "colocate" and train.most_workers > engines * self.engines.tensor_parallel_size:
+            raise ValueError(
+                f"placement: colocate puts every training worker beside an engine; the engines have "
+                f"{engines * self.engines.tensor_parallel_size} GPUs, train.workers may be no more"
+            )
         if train.is_elastic:
             if train.least_workers > train.most_workers:
                 raise ValueError("train.workers: [least, most], in this order")

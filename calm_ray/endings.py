@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from calm_ray.errors import CalmRayError
+from calm_ray.safety import redact
 
 INTERRUPTED = 130
 
@@ -19,7 +20,7 @@ def exit_code_of(command: Callable[[], None], *, goes_on: bool = False) -> int:
     try:
         command()
     except CalmRayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted" + ("; the same command goes on from here" if goes_on else ""), file=sys.stderr)

@@ -6,21 +6,32 @@ import shutil
 from pathlib import Path
 
 from calm_ray.errors import InputError
+from calm_ray.model_files import model_files, require_safetensors
 from calm_ray.opened import open_run
 from calm_ray.progress import say
+from calm_ray.safety import local_path
 from calm_ray.training.merging import merge
 
 
 def export_policy(run: str, target: str, round_number: int | None) -> None:
     """Writes the policy of a run's round (default: its last) as a whole model into a new folder."""
-    folder = Path(target).expanduser()
-    if folder.exists() and any(folder.iterdir()):
+    folder = local_path(target, "export")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: is there already; name a folder to make")
     opened = open_run(run)
     policy, model = opened.policy(round_number), opened.model()
     if policy.kind == "adapter":
+        for source in (model.local_folder(), policy.local_folder()):
+            require_safetensors(source)
         merge(model.local_folder(), policy.local_folder(), folder)
     else:
-        source = model.local_folder() if policy.kind == "base" else policy.local_folder()
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        copy_model(model.local_folder() if policy.kind == "base" else policy.local_folder(), folder)
     say(f"{folder}: policy {policy.name} of {opened.run.uri}, for transformers and vLLM")
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copies a model, and neither code nor pickles that lie beside it. Raises InputError for one that is not sound."""
+    require_safetensors(source)
+    target.mkdir(parents=True, exist_ok=True)
+    for file in model_files(source):
+        shutil.copyfile(file, target / file.name)

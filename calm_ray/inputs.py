@@ -9,12 +9,14 @@ from pathlib import Path
 from calm_ray.about import versions
 from calm_ray.config import WORLD, Config
 from calm_ray.errors import InputError
+from calm_ray.model_files import check_files
 from calm_ray.policies import BaseModel, require_safetensors
 from calm_ray.questions.reader import Intake, take_in
 from calm_ray.questions.records import BadRow
 from calm_ray.questions.splits import refuse_shared, split_questions
 from calm_ray.questions.subjects import of_subjects
 from calm_ray.rows import Question
+from calm_ray.safety import refused_as
 from calm_ray.sampling.candidates import CandidateForm
 from calm_ray.sampling.complete import encode_prompt
 from calm_ray.sampling.prompts import letters, prompt_text
@@ -39,7 +41,8 @@ def prepare(config: Config, known: BaseModel | None) -> Inputs:
     from calm_ray.training.check import check_training
 
     inputs = _prepare_world(config, known) if config.model == WORLD else _prepare_files(config)
-    check_training(inputs.folder, config.train)
+    with refused_as(f"model: {inputs.folder} cannot be built from its config.json"):
+        check_training(inputs.folder, config.train)
     return inputs
 
 
@@ -149,13 +152,22 @@ def candidate_check(folder: Path, config: Config) -> Callable[[Question], None] 
 
 
 def check_model(folder: Path) -> None:
-    """Raises InputError unless the folder holds a model with a tokenizer."""
-    from transformers import AutoTokenizer
+    """Raises InputError unless the folder holds a model with a tokenizer, both of kinds that transformers knows itself.
+
+    Where it does, the code that `auto_map` names is not run, neither here nor by vLLM; where not, there is no other.
+    """
+    from transformers import AutoConfig, AutoTokenizer
 
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise InputError(f"model: {folder} holds no {name}; it is not a Hugging Face model folder")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    check_files(folder)
+    with refused_as(
+        f"model: {folder / 'config.json'} is of no kind that transformers knows itself (no code is loaded)"
+    ):
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with refused_as(f"model: the tokenizer in {folder} cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"model: the tokenizer in {folder} has no end-of-sequence token")
 

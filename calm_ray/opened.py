@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from calm_ray.config import Config
 from calm_ray.errors import InputError
 from calm_ray.policies import BaseModel, Policy
+from calm_ray.recipes import validated
 from calm_ray.rundir import RunDir
 from calm_ray.storage import Storage, storage_named
 
@@ -35,7 +36,7 @@ class OpenedRun:
 
 def _run_in(storage: Storage) -> RunDir:
     parent, _, name = storage.root.rpartition("/")
-    return RunDir(parent, name)
+    return RunDir(parent or "/", name)
 
 
 def find_run(location: str) -> RunDir | None:
@@ -47,4 +48,4 @@ def find_run(location: str) -> RunDir | None:
 def open_run(location: str) -> OpenedRun:
     """Raises InputError where there is no run."""
     run = _run_in(Storage(location))
-    return OpenedRun(run, Config.model_validate(run.config))
+    return OpenedRun(run, validated(run.config, run.uri))

@@ -8,6 +8,7 @@ keyed by hash.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from calm_ray.errors import CalmRayError, InputError
+from calm_ray.model_files import SUFFIXES
+from calm_ray.model_files import require_safetensors as require_safetensors
 from calm_ray.rows import BASE_POLICY
+from calm_ray.safety import local_path, redact
 from calm_ray.storage import Storage, hash_folder
 
 
@@ -37,6 +41,9 @@ class Policy:
     """URI of the folder in the run's storage."""
     sha256: str = ""
 
+    def __post_init__(self) -> None:
+        _check_cached(self.name, self.sha256)
+
     def as_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
 
@@ -55,10 +62,14 @@ class BaseModel:
     """URI in the run's storage, for the demo's model."""
     sha256: str = ""
 
+    def __post_init__(self) -> None:
+        if self.location:
+            _check_cached(self.name, self.sha256)
+
     @property
     def is_folder(self) -> bool:
         """Whether `name` is a path; a name on the hub is `owner/name`."""
-        return self.name.startswith(("/", ".", "~")) or Path(self.name).is_dir()
+        return self.name.startswith(("/", ".", "~")) or local_path(self.name, "model").is_dir()
 
     def local_folder(self, *, weights: bool = True) -> Path:
         """The model's folder on this node; downloads it from the hub, safetensors only, where it is a name there.
@@ -68,21 +79,27 @@ class BaseModel:
         if self.location:
             return fetch(self.location, self.sha256, cache_folder() / "models" / f"{self.name}-{self.sha256[:8]}")
         if self.is_folder:
-            folder = Path(self.name).expanduser()
+            folder = local_path(self.name, "model")
             if not folder.is_dir():
                 raise InputError(f"model: there is no folder {folder} on this node; every node must see it")
             return folder.absolute()
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.txt", "*.model", "*.spm", "*.jinja"] + (["*.safetensors"] if weights else [])
+        patterns = [f"*{suffix}" for suffix in SUFFIXES if weights or suffix != ".safetensors"]
         try:
             return Path(snapshot_download(self.name, allow_patterns=patterns))
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = redact(str(error).strip().splitlines()[0])
             raise InputError(
                 f"model: there is no folder {self.name} here, and the hub did not give it ({reason}); "
                 "models that need a login need HF_TOKEN"
             ) from None
+
+
+def _check_cached(name: str, sha256: str) -> None:
+    """Raises InputError for a name that would lead out of the cache: a run's records may come from anywhere."""
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or not re.fullmatch(r"\w*", sha256):
+        raise InputError(f"a policy or model of a run cannot be called {name[:200]!r}; its records are damaged")
 
 
 def fetch(location: str, sha256: str, folder: Path) -> Path:
@@ -112,13 +129,3 @@ def publish(
     sha256 = hash_folder(folder)
     storage.upload(folder, relative)
     return Policy(f"r{round_number:04d}-{sha256[:8]}", round_number, kind, storage.uri(relative), sha256)
-
-
-def require_safetensors(folder: Path) -> None:
-    """Raises InputError unless the folder's weights are safetensors and nothing else (no pickles are ever loaded)."""
-    names = [file.name for file in folder.iterdir()]
-    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
-    if not any(name.endswith(".safetensors") for name in names):
-        raise InputError(
-            f"{folder}: holds no *.safetensors weights ({', '.join(pickles) or 'none at all'}); convert them first"
-        )

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from calm_ray.safety import redact
+
 LINE_SECONDS = 10.0
 """How often a step says where it is when it writes into a file."""
 
@@ -75,5 +77,5 @@ def on_stderr(wanted: bool) -> Iterator[None]:
 
 def say(message: str) -> None:
     """A line for the person; flushed, so that a log file shows it at once."""
-    console.print(message, markup=False)
+    console.print(redact(message), markup=False)
     console.file.flush()

@@ -16,14 +16,20 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from calm_ray import plain_yaml
 from calm_ray.config import Config
 from calm_ray.errors import InputError
+from calm_ray.safety import local_path, redact
 from calm_ray.sections import Preferences, unknown_name
 
 RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
 DEMO_RECIPE = RECIPES / "demo.yaml"
 COMPARE = "compare"
 """The section that says what differs between methods that are compared."""
+MOST_FILES = 100
+"""Recipes that one recipe extends, and those that these extend."""
+LONGEST_VALUE = 200
+"""Characters of a wrong value that a message repeats."""
 
 
 def load_config(recipe: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -61,18 +67,26 @@ def load_preferences(preset: str, overrides: list[str]) -> Preferences:
         raise InputError("preferences: " + "; ".join(_explain(error, Preferences))) from None
 
 
-def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe merged over those it extends, not validated yet; `children` are the recipes that led here."""
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe merged over those it extends, not validated yet."""
+    return _read_merged(path, (), [])
+
+
+def _read_merged(path: Path, children: tuple[Path, ...], read: list[Path]) -> dict[str, Any]:
+    """`children` are the recipes that led here, `read` all that were read so far."""
+    raw = _read_yaml(path)
     if path.resolve() in children:
         raise InputError(f"{path}: extends itself, by way of {children[-1]}")
-    raw = _read_yaml(path)
+    read.append(path)
+    if len(read) > MOST_FILES:
+        raise InputError(f"{read[0]}: extends more than {MOST_FILES} recipes, by way of {path}")
     extended = raw.pop("extends", [])
     parents = [extended] if isinstance(extended, str) else extended
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise InputError(f"{path}: extends: name a recipe or a list of recipes (it is {extended!r})")
+        raise InputError(f"{path}: extends: name a recipe or a list of recipes (it is {_shown(extended)})")
     merged: dict[str, Any] = {}
     for parent in parents:
-        merge(merged, read_recipe(path.parent / parent, (*children, path.resolve())))
+        merge(merged, _read_merged(path.parent / parent, (*children, path.resolve()), read))
     merge(merged, raw)
     return merged
 
@@ -87,14 +101,16 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> None:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    found = local_path(str(path), "recipe")
+    if not found.is_file():
         raise InputError(
             f"{path}: there is no such recipe; the ones that come with calm_ray are in {DEMO_RECIPE.parent}"
         )
     try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as YAML: {error}") from None
+        with open(found, "rb") as file:
+            raw = plain_yaml.load(file.read(plain_yaml.LARGEST + 1).decode())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: not readable as YAML: {_said(error)}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys to values")
     return raw
@@ -103,20 +119,34 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def override(raw: dict[str, Any], word: str) -> None:
     """Sets the key of `section.key=value`. Raises InputError."""
     key, equals, value = word.partition("=")
-    if not equals or not key:
-        raise InputError(f"{word!r}: an override looks like section.key=value")
     *sections, last = key.split(".")
+    if not equals or not all([*sections, last]) or len(sections) >= plain_yaml.DEEPEST:
+        raise InputError(f"{_shown(word)}: an override looks like section.key=value")
     place = raw
     for section in sections:
         if place.get(section) is None:
             place[section] = {}
         place = place[section]
         if not isinstance(place, dict):
-            raise InputError(f"{word!r}: {section} is a value, not a section")
+            raise InputError(f"{_shown(key)}: {section} is a value, not a section")
     try:
-        place[last] = yaml.safe_load(value)
+        place[last] = plain_yaml.load(value)
     except yaml.YAMLError as error:
-        raise InputError(f"{word!r}: the value is not readable as YAML: {error}") from None
+        raise InputError(f"{_shown(key)}: the value is not readable as YAML: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    """What an error says, without the lines of the file that PyYAML quotes: it may be the wrong file."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        said = " ".join(part for part in (error.context, error.problem) if part)
+        return redact(f"line {error.problem_mark.line + 1}: {said}")
+    return redact(str(error).splitlines()[0])
+
+
+def _shown(value: Any) -> str:
+    """A value as a message repeats it."""
+    shown = redact(repr(value))
+    return shown if len(shown) <= LONGEST_VALUE else shown[:LONGEST_VALUE] + "..."
 
 
 def _explain(error: ValidationError, of: type[BaseModel] = Config) -> list[str]:
@@ -130,7 +160,7 @@ def _explain(error: ValidationError, of: type[BaseModel] = Config) -> list[str]:
             lines.append(f"{where}: is missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            given = f" (it is {item['input']!r})" if where and not isinstance(item["input"], dict | BaseModel) else ""
+            given = "" if isinstance(item["input"], dict | BaseModel) else f" (it is {_shown(item['input'])})"
             lines.append(f"{where}: {message}{given}" if where else message)
     return list(dict.fromkeys(lines))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from calm_ray.about import about
 from calm_ray.cluster import check_layout, check_storage, cluster
+from calm_ray.cluster_lock import locked_in_cluster
 from calm_ray.config import Config
 from calm_ray.inputs import prepare
+from calm_ray.lock import locked
 from calm_ray.mending import mend
 from calm_ray.planning.needs import needs_of
 from calm_ray.policies import BaseModel
@@ -28,6 +30,12 @@ def align(config: Config, *, overwrite: bool = False, redo: bool = False) -> Run
     """
     run = RunDir(config.storage, config.name)
     say(f"run: {run.uri}")
+    with locked(run.storage, say):
+        _align(config, run, overwrite=overwrite, redo=redo)
+    return run
+
+
+def _align(config: Config, run: RunDir, *, overwrite: bool, redo: bool) -> None:
     settings = config.model_dump(mode="json")
     run.check(settings, overwrite, redo=redo)
     if config.method == "dco":
@@ -35,19 +43,17 @@ def align(config: Config, *, overwrite: bool = False, redo: bool = False) -> Run
     known = None if overwrite else run.model
     inputs = prepare(config, known)
     check_start(config, run, known or inputs.model, overwrite=overwrite)
-    with cluster(needs_of(config, training=config.rounds > 0)):
+    with cluster(needs_of(config, training=config.rounds > 0)), locked_in_cluster(run.uri):
         check_layout(config, inputs.folder)
         for line in run.begin(settings, about(), overwrite):
             say(line)
         mend(run)
         check_storage(run.storage)
         model = run.share_model(inputs.model, inputs.folder)
-        spec = engine_spec(config, model)
-        with EnginePool(spec, config.languages, say) as pool:
+        with EnginePool(engine_spec(config, model), config.languages, say) as pool:
             check_storage(run.storage)  # again, for nodes that came with the engines
             take_questions(config, run, model, pool, inputs)
             run_to_end(config, run, model, pool)
-    return run
 
 
 def run_to_end(config: Config, run: RunDir, model: BaseModel, pool: EnginePool) -> None:

@@ -184,7 +184,12 @@ class RunDir:
         """The resolved configuration of the run that is here; InputError where there is none."""
         if not self.storage.exists(CONFIG_FILE):
             raise InputError(f"{self.uri}: there is no run here (no config.json)")
-        return dict(self.storage.read_json(CONFIG_FILE)["config"])
+        try:
+            return dict(self.storage.read_json(CONFIG_FILE)["config"])
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{self.uri}: its config.json is torn; put it back, or start again with --overwrite"
+            ) from None
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -8,12 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from calm_ray.languages import LANGUAGES
+from calm_ray.safety import refuse_engine_args, refuse_trl_args
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Actors = Annotated[int, Field(ge=1, le=100_000)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Budget = Annotated[int, Field(ge=0)]
+Budget = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 def unknown_name(name: str, known: list[str]) -> str:
@@ -28,7 +31,7 @@ class Section(BaseModel):
 
 
 class World(Section):
-    seed: int = 0
+    seed: Seed = 0
     """Which demo world: its towns, facts, barriers and questions."""
 
 
@@ -36,7 +39,7 @@ class Split(Section):
     """Some questions are drawn to train on, in all their languages; the others are held out."""
 
     train: Count
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Questions(Section):
@@ -90,11 +93,11 @@ class Sampling(Section):
 class Engines(Section):
     """The vLLM engines, one in each Ray actor."""
 
-    per_language: Count | None = None
+    per_language: Actors | None = None
     """Engines for each language: a pool per language. Set this or `shared`."""
-    shared: Count | None = None
+    shared: Actors | None = None
     """Engines that serve all languages together, for small machines."""
-    tensor_parallel_size: Count = 1
+    tensor_parallel_size: Actors = 1
     """GPUs of one engine."""
     cpus: NonNegative = 1.0
     """Logical CPUs that Ray reserves for each engine."""
@@ -116,6 +119,10 @@ class Engines(Section):
     args: dict[str, Any] = {}
     """Further arguments of `vllm.LLM`, passed on as they are."""
 
+    def count(self, languages: list[str]) -> int:
+        """How many engines a run in these languages has."""
+        return self.shared or 0 if self.per_language is None else self.per_language * len(languages)
+
     def homes(self, languages: list[str]) -> list[str | None]:
         """The home language of each engine: `per_language` for every language, or `shared` ones without a home."""
         if self.per_language is not None:
@@ -130,6 +137,7 @@ class Engines(Section):
         owned |= {"tensor_parallel_size", "distributed_executor_backend", "seed"}
         if taken := sorted(owned & self.args.keys()):
             raise ValueError(f"engines.args may not set {', '.join(taken)}: calm_ray sets these itself")
+        refuse_engine_args(self.args)
         return self
 
 
@@ -282,7 +290,7 @@ class Train(Section):
     """null trains all weights."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the frozen weights and the computation; what is trained is kept in float32."""
-    workers: Count | tuple[Count, Count] = 1
+    workers: Actors | tuple[Actors, Count] = 1
     """Ray Train's workers. [least, most]: as many as there are places for, more and fewer as machines come and go
     (LoRA). Places are the cluster's resource `calm_ray_train`."""
     max_failures: Budget = 3
@@ -300,6 +308,11 @@ class Train(Section):
     """Workers that share one copy of the model (hybrid sharding: workers / shards copies); null for all of them."""
     trl: dict[str, Any] = {}
     """Further arguments of TRL's DPOConfig, for `engine: trl`: loss_type, for instance."""
+
+    @model_validator(mode="after")
+    def _trl_keeps_to_the_run(self) -> Train:
+        refuse_trl_args(self.trl)
+        return self
 
     @property
     def least_workers(self) -> int:

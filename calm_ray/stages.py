@@ -64,8 +64,8 @@ class Stages:
         decoding = Decoding(sampling.completions, sampling.temperature, sampling.top_p, sampling.max_new_tokens)
         counts = over_chunks_and_languages(
             self.pool, self.run.bad_prompts, "sample", f"round {number}: sample", self.run.questions("align"), stage,
-            self.config.languages, decoding=decoding, instruction=sampling.instruction, extraction=self.config.preferences.extraction,
-            seed=self.config.seed, round_number=number,
+            self.config.languages, decoding=decoding, instruction=sampling.instruction,
+            extraction=self.config.preferences.extraction, seed=self.config.seed, round_number=number,
         )  # fmt: skip
         return stage.finish({**counts, "policy": policy.name, "seconds": time.monotonic() - started})
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,19 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from calm_ray.errors import InputError, StorageError
+from calm_ray.safety import local_problem, refuse_secrets
 
 
 class Storage:
     """A folder, by absolute path or URI (`s3://bucket/runs`). Small and picklable: workers get it as it is."""
 
     def __init__(self, root: str) -> None:
+        try:
+            refuse_secrets(root, "storage")
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        if problem := local_problem(root):
+            raise InputError(f"storage: {problem}")
         if "://" not in root:
             path = Path(root).expanduser()
             if not path.is_absolute():
@@ -98,13 +106,18 @@ class Storage:
             if self.is_local:
                 _write_whole(Path(target), data)
             else:
-                with self.filesystem.open_output_stream(target) as stream:
-                    stream.write(data)
+                # In a thread, where no signal arrives: between opening and writing it would leave an empty object.
+                with ThreadPoolExecutor(1) as thread:
+                    thread.submit(self._put, target, pa.py_buffer(data)).result()
         except OSError as error:
             raise StorageError(
                 f"storage: {self.uri(relative)} could not be written: {error.strerror or error}. "
                 "What was written before is kept; the same command goes on."
             ) from error
+
+    def _put(self, target: str, data: pa.Buffer) -> None:
+        with self.filesystem.open_output_stream(target) as stream:
+            stream.write(data)
 
     def digest(self, relative: str) -> tuple[int, str]:
         """Size in bytes and SHA-256 of a file; FileNotFoundError where there is none."""
@@ -175,7 +188,9 @@ def _write_whole(target: Path, data: bytes | pa.Buffer) -> None:
 
 def storage_named(location: str) -> Storage:
     """The folder that a person names: a URI, or a path, which may be relative to where they are."""
-    return Storage(location if "://" in location else str(Path(location).expanduser().absolute()))
+    if "://" in location or local_problem(location):
+        return Storage(location)
+    return Storage(str(Path(location).expanduser().absolute()))
 
 
 def hash_folder(folder: Path) -> str:

@@ -42,29 +42,21 @@ class Needs:
         return sum(part.count for part in self.parts if part.what == what)
 
 
-def engine_count(config: Config) -> int:
-    """As many as `Engines.homes` names, without the list."""
-    engines = config.engines
-    return engines.shared or 0 if engines.per_language is None else engines.per_language * len(config.languages)
-
-
 def needs_of(config: Config, training: bool = True, workers: int | None = None) -> Needs:
     """The engines of a run, and the training workers, which come and go beside them.
 
     `workers` is how many of them to count, by default the most that `train.workers` names. Where engines and workers
-    share GPUs (`placement: colocate`), only the workers for which no engine has a GPU ask for one of their own.
+    share GPUs (`placement: colocate`), every GPU is counted once, with its engine.
     """
     engines, gpus = config.engines, config.device == "gpu"
     size = engines.tensor_parallel_size
-    count = engine_count(config)
+    count = engines.count(config.languages)
     takes = {"CPU": engines.cpus if size == 1 else float(size), "GPU": float(size * gpus)}
     parts = [Part("engine", count, takes)]
     if training:
         workers = config.train.most_workers if workers is None else workers
-        beside = min(workers, count * size) if gpus and config.placement == "colocate" else 0
-        cpus = config.train.cpus_per_worker
-        parts += [Part("worker", beside, {"CPU": cpus, "GPU": 0.0})] if beside else []
-        parts += [Part("worker", workers - beside, {"CPU": cpus, "GPU": float(gpus)})] if workers > beside else []
+        cpus, own = config.train.cpus_per_worker, config.placement == "split"
+        parts += [Part("worker", workers, {"CPU": cpus, "GPU": float(gpus and own)})]
         spare = DATA_CPUS - workers * cpus
         parts += [Part("data task", 1, {"CPU": spare})] if spare > 0 else []
     return Needs(parts)

@@ -13,7 +13,6 @@ from calm_ray.planning.hardware import Node
 from calm_ray.planning.layout import lay_out
 from calm_ray.planning.memory import context_of, utilization
 from calm_ray.planning.model_shape import Shape
-from calm_ray.planning.needs import engine_count
 from calm_ray.recipes import override
 
 MOST = 3
@@ -65,7 +64,7 @@ def _changes(config: Config, shape: Shape) -> Iterator[Iterator[Change]]:
     yield _caches(config, shape)
     yield _engine_sizes(config)
     yield _more_workers(config, nodes_most=64)
-    yield iter([("placement=colocate",)] if config.device == "gpu" and config.placement == "split" else [])
+    yield _colocated(config)
     yield _fewer_engines(config)
     yield _fewer_workers(config)
     yield _fewer_cpus(config)
@@ -99,8 +98,19 @@ def _engine_sizes(config: Config) -> Iterator[Change]:
                 yield (f"engines.tensor_parallel_size={other}",)
 
 
+def _colocated(config: Config) -> Iterator[Change]:
+    """Every training worker needs an engine's GPU beside it."""
+    if config.device == "cpu" or config.placement == "colocate":
+        return
+    places = config.engines.count(config.languages) * config.engines.tensor_parallel_size
+    if config.train.most_workers <= places:
+        yield ("placement=colocate",)
+    elif not config.train.is_elastic:
+        yield "placement=colocate", f"train.workers={places}"
+
+
 def _fewer_engines(config: Config) -> Iterator[Change]:
-    for fewer in _fewer(engine_count(config)):
+    for fewer in _fewer(config.engines.count(config.languages)):
         if config.engines.per_language is None:
             yield (f"engines.shared={fewer}",)
         else:

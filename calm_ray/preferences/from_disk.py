@@ -18,9 +18,9 @@ import ray
 import ray.data
 
 from calm_ray.cluster import cluster
-from calm_ray.planning.needs import Needs, Part
 from calm_ray.errors import InputError
 from calm_ray.evaluation.samples import sample_report
+from calm_ray.planning.needs import Needs, Part
 from calm_ray.preferences.columnar import PAIRS, make_pairs
 from calm_ray.progress import say, step
 from calm_ray.questions.parallel import BAD_ROWS, as_lines

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import islice
 
 from calm_ray.languages import LANGUAGES
 from calm_ray.questions.records import BadRow
@@ -24,6 +25,7 @@ _ASKS = (
     "प्रश्न|질문|سؤال|السؤال|问题|质问|質問|問題"
 )
 _WRAPPER = re.compile(rf"\s*(?:{_ASKS})\s*[:：]\s*")
+_MOST_MARKS = 1_000  # more are no options, and would take the square of their number in steps
 _ANSWERS = "|".join(re.escape(row.answer_word) for row in LANGUAGES.values())
 _MARKER = re.compile(rf"\s*(?:{_ANSWERS}|[^\s:：]{{1,20}})\s?[:：]\s*")
 
@@ -70,7 +72,7 @@ def _place(mark: str) -> int:
 
 def _options(style: re.Pattern[str], text: str) -> list[re.Match[str]]:
     """The longest run of marks in the order A, B, C ...; of equal ones the last, since a question may list things."""
-    found = list(style.finditer(text))
+    found = list(islice(style.finditer(text), _MOST_MARKS))
     best: list[re.Match[str]] = []
     for start, first in enumerate(found):
         if _place(first[1]) == 0:

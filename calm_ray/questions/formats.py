@@ -118,7 +118,7 @@ def _calm(fields: Fields, at: At) -> Question:
 
 def _medqa(fields: Fields, at: At) -> Question:
     options = fields.get("options")
-    if not isinstance(options, dict):
+    if not isinstance(options, dict) or not all(isinstance(label, str) for label in options):
         raise BadRow("field 'options' must hold a text for each letter")
     labels = sorted(label for label in options if options[label] is not None)
     key = fields.get("answer_idx") or None
@@ -127,7 +127,8 @@ def _medqa(fields: Fields, at: At) -> Question:
     choices = [text_of(options, label) for label in labels]
     return Question(
         question_id=f"{at.language}-{at.index}", language=at.language, text=text_of(fields, "question"),
-        choices=choices, gold=LETTERS[labels.index(key)] if key else None, subject=subject_of(fields, "meta_info"),
+        choices=choices, gold=LETTERS[labels.index(key)] if key in labels[: len(LETTERS)] else None,
+        subject=subject_of(fields, "meta_info"),
     )  # fmt: skip
 
 

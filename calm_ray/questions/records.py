@@ -10,25 +10,24 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from calm_ray.errors import InputError
-
-HUB = "hub:"
-"""What a part of a hub data set starts with: `hub:owner/name:config:split`."""
+from calm_ray.questions.hub import HUB, hub_rows
+from calm_ray.safety import refused_as
 
 BATCH = 1_000
 """Rows of a Parquet file that are held at once."""
 
 _CHUNK = 1 << 20
-_LONGEST_CELL = 1 << 28
+_LONGEST_ROW = 16 << 20
+"""Characters or bytes of a row; a longer one is no question, and would fill the memory."""
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"\s*")
 
@@ -65,6 +64,10 @@ class _NotUtf8(Exception):
         self.byte = byte
 
 
+class _TooLong(Exception):
+    """A row of more than `_LONGEST_ROW`."""
+
+
 def read_records(part: str) -> Iterator[Record]:
     """The records of a file (by its suffix) or of a split of a hub data set.
 
@@ -72,7 +75,8 @@ def read_records(part: str) -> Iterator[Record]:
     nothing after a place can be trusted: a file that is not UTF-8, a JSON list that was cut short, a torn Parquet file.
     """
     if part.startswith(HUB):
-        yield from _hub(part)
+        for row, value in enumerate(hub_rows(part), start=1):
+            yield Record(row, value)
         return
     file, row = Path(part), 0
     try:
@@ -83,14 +87,20 @@ def read_records(part: str) -> Iterator[Record]:
         raise InputError(
             f"{file}, row {row + 1}: byte {error.byte} of the file is not UTF-8; save it as UTF-8"
         ) from None
+    except _TooLong:
+        raise InputError(
+            f"{file}, row {row + 1}: is longer than {_LONGEST_ROW >> 20} MB; this is no question"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{file}, row {row + 1}: not readable as JSON: nested too deeply") from None
     except (json.JSONDecodeError, csv.Error) as error:
         what = error.msg if isinstance(error, json.JSONDecodeError) else error
         raise InputError(
             f"{file}, row {row + 1}: not readable as {file.suffix[1:].upper()}: {what}; "
             "the file was cut short or is damaged, bring it again"
         ) from None
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not readable{' as Parquet' * (file.suffix == '.parquet')}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{file}: not readable: {error}") from None
 
 
 @contextmanager
@@ -107,7 +117,9 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
 def _lines(file: Path) -> Iterator[str]:
     with _opened(file) as raw:
         offset = raw.tell()
-        for line in raw:
+        while line := raw.readline(_LONGEST_ROW + 1):
+            if len(line) > _LONGEST_ROW:
+                raise _TooLong
             try:
                 yield line.decode()
             except UnicodeDecodeError as error:
@@ -120,9 +132,13 @@ def _jsonl(file: Path) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            yield Record(row, json.loads(line))
-        except json.JSONDecodeError as error:
+            value = json.loads(line)
+        except RecursionError:
+            yield Record(row, None, BadRow("not readable as JSON", "nested too deeply"))
+        except ValueError as error:  # or a number of thousands of digits
             yield Record(row, None, BadRow("not readable as JSON", str(error)))
+        else:
+            yield Record(row, value)
 
 
 def _tsv(file: Path) -> Iterator[Record]:
@@ -130,8 +146,25 @@ def _tsv(file: Path) -> Iterator[Record]:
 
 
 def _csv(file: Path) -> Iterator[Record]:
-    csv.field_size_limit(_LONGEST_CELL)
-    return _table(csv.reader(_lines(file), strict=True))
+    """A row may go over several lines."""
+    csv.field_size_limit(_LONGEST_ROW)
+    length = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal length
+        for line in _lines(file):
+            length += len(line)
+            if length > _LONGEST_ROW:
+                raise _TooLong
+            yield line
+
+    def rows() -> Iterator[list[str]]:
+        nonlocal length
+        for cells in csv.reader(lines(), strict=True):
+            yield cells
+            length = 0
+
+    return _table(rows())
 
 
 def _table(rows: Iterator[list[str]]) -> Iterator[Record]:
@@ -205,9 +238,13 @@ class _JsonText:
                 value, end = _DECODER.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 is_cut = error.pos > len(self._text) - 16 or error.msg.startswith("Unterminated")
+                if is_cut and len(self._text) - self._at > _LONGEST_ROW:
+                    raise _TooLong from None
                 if is_cut and self._more():
                     continue
                 raise
+            except ValueError as error:  # a number of thousands of digits
+                raise json.JSONDecodeError(str(error), "", 0) from None
             length = end - self._at
             if end < len(self._text) or not self._more():
                 self._at += length
@@ -233,37 +270,14 @@ def _chunks(file: Path) -> Iterator[str]:
 
 def _parquet(file: Path) -> Iterator[Record]:
     row = 0
-    with pq.ParquetFile(file) as parquet:
+    # Not ArrowExceptions alone: names and texts may be no UTF-8, dates may be none, memory may not suffice.
+    with refused_as(f"{file}: not readable as Parquet"), pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(batch_size=BATCH):
             for value in batch.to_pylist(maps_as_pydicts="strict"):
                 row += 1
                 yield Record(row, value)
-
-
-def _hub(part: str) -> Iterator[Record]:
-    name, config, split = hub_names(part)
-    try:
-        from datasets import IterableDatasetDict, load_dataset
-
-        data = load_dataset(name, config, split=split, streaming=True)
-        if isinstance(data, IterableDatasetDict):
-            if len(data) > 1:
-                raise InputError(f"{part}: has the splits {', '.join(data)}; name one: hub:owner/name:config:split")
-            (data,) = data.values()
-        for row, value in enumerate(data, start=1):
-            yield Record(row, value)
-    except InputError:
-        raise
-    except Exception as error:  # The hub's client raises the errors of several libraries; all mean: not to be had.
-        raise InputError(f"{part}: not to be had from the hub: {type(error).__name__}: {error}") from error
-
-
-def hub_names(part: str) -> tuple[str, str | None, str | None]:
-    """Data set, configuration and split of `hub:owner/name[:config[:split]]`."""
-    names: Sequence[str | None] = [name or None for name in part.removeprefix(HUB).split(":")]
-    if len(names) > 3 or not names[0] or names[0].count("/") != 1:
-        raise InputError(f"{part}: a data set of the hub is named hub:owner/name, :config and :split may follow")
-    return names[0], *(*names[1:], None, None)[:2]  # type: ignore[return-value]
+        if row != parquet.metadata.num_rows:
+            raise ValueError(f"it holds {row} rows, and says {parquet.metadata.num_rows}")
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {

@@ -11,7 +11,9 @@ from pathlib import Path
 from calm_ray.errors import InputError
 from calm_ray.languages import LANGUAGES, language_code
 from calm_ray.questions.formats import Format, format_named, recognise
-from calm_ray.questions.records import HUB, READERS, hub_names, read_records
+from calm_ray.questions.hub import HUB, hub_names
+from calm_ray.questions.records import READERS, read_records
+from calm_ray.safety import local_path
 
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json"}  # descriptions that lie beside data files
 _WORD_END = re.compile(r"[^\w-]|_")
@@ -92,7 +94,7 @@ def matching(source: str) -> list[str]:
     if source.startswith(HUB):
         hub_names(source)
         return [source]
-    path = Path(source).expanduser()
+    path = local_path(source, "questions")
     if path.is_file():
         if path.suffix not in READERS:
             raise InputError(f"{path}: its suffix is none of {', '.join(READERS)}")

@@ -261,10 +261,11 @@ class EngineActor:
     takes that one first: a stale policy can never write.
     """
 
-    def __init__(self, spec: EngineSpec, number: int = 0, pulse: Any = None) -> None:
+    def __init__(self, spec: EngineSpec, number: int = 0, pulse_name: str | None = None) -> None:
         self._generator: VLLMGenerator | None = None
         self._leash: Leash | None = None
-        if pulse is not None:
+        if pulse_name is not None:
+            pulse = ray.get_actor(pulse_name)
             ray.get(pulse.started.remote(number))
             threading.Thread(target=self._beat, args=(number, pulse), daemon=True).start()
         self._generator = VLLMGenerator(spec)

@@ -216,6 +216,7 @@ def _read(file: Path) -> pa.Table:
                 f"{file}: field {lacking[0]!r} is missing; completions have {', '.join(COMPLETIONS.names)}"
             )
         rows = data.read(columns=COMPLETIONS.names).cast(COMPLETIONS)
+        rows.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file}: not readable as a Parquet file of completions: {error}") from None
     for name in ("question_id", "language", "sample"):

@@ -13,7 +13,9 @@ class Leash:
     """On the processes that this one has started so far, and theirs."""
 
     def __init__(self) -> None:
-        self._processes = psutil.Process().children(recursive=True)
+        children = psutil.Process().children(recursive=True)
+        # Python's own tracker ends by itself, once it has removed the shared memory that the others leave behind.
+        self._processes = [one for one in children if not any("resource_tracker" in word for word in one.cmdline())]
         named = [f"{process.pid}:{process.create_time()}" for process in self._processes]
         # Its standard input is a pipe whose other end is here: it closes when this process ends, however that happens.
         self._holder = subprocess.Popen(

@@ -6,7 +6,9 @@ started again by Ray, elsewhere if need be, and serves only after it has taken t
 
 from __future__ import annotations
 
+import re
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,7 +81,10 @@ class EnginePool:
         self._groups: dict[int, PlacementGroup] = {}
         self.members: list[Member] = []
         self._said = time.monotonic()
-        self._pulse = ray.remote(num_cpus=0)(Pulse).options(scheduling_strategy=on_this_node()).remote()
+        # By name: an engine that is started again must not depend on a reference that may be lost meanwhile.
+        self._pulse_name = f"pulse-{uuid.uuid4().hex}"
+        options = {"num_cpus": 0, "name": self._pulse_name, "scheduling_strategy": on_this_node()}
+        self._pulse = ray.remote(Pulse).options(**options).remote()
         try:
             for number, home in enumerate(spec.engines.homes(languages), start=1):
                 self.members.append(Member(number, home, self._create(number, home)))
@@ -95,7 +100,7 @@ class EnginePool:
             options |= {"num_cpus": spec.needs["CPU"], "num_gpus": spec.needs.get("GPU", 0)}
         else:
             options |= {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": self._in_group(number)}
-        return Engine.options(**options).remote(spec, number, self._pulse)
+        return Engine.options(**options).remote(spec, number, self._pulse_name)
 
     def _in_group(self, number: int) -> PlacementGroupSchedulingStrategy:
         """Into one bundle for each GPU of the engine, all on one node: vLLM starts its workers inside this group."""
@@ -179,7 +184,7 @@ class EnginePool:
             return  # not yet
         is_lost = isinstance(error, RayActorError) and error.actor_init_failed
         if is_lost and not member.has_run:
-            raise CalmRayError(f"{member.name} did not start: {error}") from error
+            raise CalmRayError(f"{member.name} did not start: {_reason(error)}\n{_remote_traceback(error)}") from error
         self._end(member, task, work, _reason(error), kill=not isinstance(error, RayActorError))
         if is_lost and member.health is Health.RESTARTING:  # Ray does not start such a one again
             member.actor = self._create(member.number, member.home)
@@ -299,4 +304,10 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RayActorError) and not error.actor_init_failed:
         return "its machine is taken back" if error.preempted else "its process or its machine is gone"
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    last = lines[-1] if lines else type(error).__name__
+    return re.sub(r"^calm_ray\.errors\.\w+: ", "", last)
+
+
+def _remote_traceback(error: Exception) -> str:
+    """What a person needs to find out why vLLM did not start; of our own errors the message says it all."""
+    return "" if "calm_ray.errors." in str(error) else str(error)

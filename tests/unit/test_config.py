@@ -38,6 +38,8 @@ def test_overrides_are_typed() -> None:
         ("name=../elsewhere", "name:"),
         ("train={engine: trl, workers: 3, batch_pairs: 8}", "train.batch_pairs: with train.engine: trl"),
         ("train={engine: trl, trl: {per_device_train_batch_size: 0}}", "train.batch_pairs: with train.engine: trl"),
+        ("engines.min_engines=9", "engines.min_engines: is more than the run's engines"),
+        ("train.workers=[3,1]", "train.workers: [least, most], in this order"),
         ("train.shards=3", "train.shards: must divide train.workers"),
         ("rounds.more=1", "rounds is a value, not a section"),
         ("rounds", "an override looks like section.key=value"),

@@ -78,16 +78,19 @@ def test_engines_that_die_of_everything_are_blamed_themselves(tmp_path: Path) ->
         work_off(work, {f"q{i}" for i in range(32)})
 
 
+def try_all(work: Dispatcher, most: int) -> None:
+    """On an engine that dies of `most` questions together, and of none by itself."""
+    while (task := work.next(None)) is not None:
+        if len(task.read()) == most:
+            work.died(task, "out of memory")
+        else:
+            work.finished(task)
+
+
 def test_a_chunk_that_is_too_much_as_a_whole_is_named(tmp_path: Path) -> None:
     work = Dispatcher(tasks_of(tmp_path, chunks=1, questions=8), most_bad=2)
     with pytest.raises(CalmRayError, match=r"output/00000-en.*though none of its prompts does by itself"):
-        while True:
-            task = work.next(None)
-            assert task is not None
-            if len(task.read()) == 8:
-                work.died(task, "out of memory")
-            else:
-                work.finished(task)
+        try_all(work, most=8)
 
 
 def test_an_engine_takes_its_own_language_first_then_of_the_one_with_most(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def given(found: Layout) -> list[tuple[int, int, int]]:
         (3, ["engines.tensor_parallel_size=4"], [(2, 0, 8), (2, 0, 8), (2, 0, 8)]),
         (4, ["engines.tensor_parallel_size=4"], [(2, 0, 8), (2, 0, 8), (2, 0, 8), (0, 8, 8)]),
         (2, ["engines={shared: 3, tensor_parallel_size: 4}", "train.workers=4"], [(2, 0, 8), (1, 4, 8)]),
-        (1, ["placement=colocate"], [(6, 8, 8)]),
+        (1, ["placement=colocate", "train.workers=6"], [(6, 6, 6)]),
         (1, ["placement=colocate", "engines={per_language: null, shared: 8}"], [(8, 8, 8)]),
         (2, ["placement=colocate", "engines={per_language: null, shared: 2, tensor_parallel_size: 8}"],
          [(1, 8, 8), (1, 0, 8)]),
@@ -121,7 +121,7 @@ def test_what_is_not_known_is_not_checked() -> None:
 @pytest.mark.parametrize(
     ("nodes", "overrides", "expected"),
     [
-        (nodes_alike(1), [], ["placement=colocate", "train.workers=2"]),
+        (nodes_alike(1), [], ["placement=colocate train.workers=6", "train.workers=2"]),
         (nodes_alike(1, gpus=4), ["train.workers=1"], ["engines.per_language=null engines.shared=3"]),
         (nodes_alike(2), [*SEVENTY, "train.workers=4"], ["engines.tensor_parallel_size=4"]),
         (nodes_alike(2), [*FULL, "train.workers=2"], ["train.workers=4"]),
@@ -129,8 +129,7 @@ def test_what_is_not_known_is_not_checked() -> None:
          ["train.activation_checkpointing=true"]),
         (nodes_alike(2, gpu_memory=24), ["train.activation_checkpointing=false", "engines.args.max_model_len=1024"],
          ["train.activation_checkpointing=true"]),
-        (nodes_alike(1), [*SEVENTY], ["engines.tensor_parallel_size=4 placement=colocate",
-                                      "engines.tensor_parallel_size=4 train.workers=4"]),
+        (nodes_alike(1), [*SEVENTY], ["engines.tensor_parallel_size=4 train.workers=4"]),
         (nodes_alike(1, gpus=0, cpus=8, memory=1000), ["device=cpu", "engines.cpus=4", "train.cpus_per_worker=0.2"],
          ["engines.per_language=null engines.shared=1", "engines.cpus=0.5"]),
     ],
@@ -165,7 +164,7 @@ def test_a_job_is_refused_with_what_would_fit(tmp_path: Path) -> None:
 def test_what_ray_is_asked_for() -> None:
     """As `calm_ray.cluster` counts it: workers beside sleeping engines take no GPU of their own."""
     assert needs_of(recipe()).total == {"CPU": 14.0, "GPU": 14.0}
-    assert needs_of(recipe("placement=colocate")).total == {"CPU": 14.0, "GPU": 8.0}
+    assert needs_of(recipe("placement=colocate", "train.workers=6")).total == {"CPU": 12.0, "GPU": 6.0}
     assert needs_of(recipe("train.workers=[2, 8]"), workers=2).total == {"CPU": 8.0, "GPU": 8.0}
     node = {"CPU": 96.0, "GPU": 8.0}
     assert shortage(needs_of(recipe()), {"CPU": 192.0, "GPU": 16.0}, [node]) is None

@@ -1,0 +1,104 @@
+"""The files of a model or an adapter, checked before any library reads them: what is there may come from anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from calm_ray.errors import InputError
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".spm", ".tiktoken", ".jinja")
+"""What a model is made of; code and pickles that lie beside it are never read, fetched or copied."""
+INDEX = ".safetensors.index.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+_READ_AS_JSON = {
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "adapter_config.json", "processor_config.json", "preprocessor_config.json"),
+}
+_LARGEST_JSON = 64 << 20
+_MOST_LAYERS = 10_000
+CONVERT = "convert them first: load them where you trust them, and save_pretrained(folder, safe_serialization=True)"
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model directly in a folder, sorted; a link counts where it stays in the folder, or in the hub's
+    cache. Raises InputError for one that leads elsewhere."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    inside = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        inside.append(folder.resolve().parent.parent / "blobs")
+    for file in files:
+        if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in inside):
+            raise InputError(f"{file}: is a link that leads out of its folder; put the file itself there")
+    return [file for file in files if file.is_file()]
+
+
+def check_files(folder: Path) -> None:
+    """Raises InputError for a file that is not what its name says, or names files outside the folder."""
+    files = model_files(folder)
+    names = {file.name for file in files}
+    for file in files:
+        if file.suffix == ".safetensors":
+            _check_tensors(file)
+        elif file.name.endswith(INDEX):
+            _check_index(file, names)
+        elif file.name in _READ_AS_JSON:
+            _check_settings(file)
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raises InputError unless the folder's weights are safetensors, and all that a model reads is sound.
+
+    A model's pickles may lie beside its safetensors: vLLM and transformers are told to read the latter alone. vLLM
+    looks for an adapter's by name, and would take adapter_model.bin where adapter_model.safetensors is not there.
+    """
+    names = sorted(file.name for file in folder.iterdir())
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if not any(name.endswith(".safetensors") for name in names):
+        raise InputError(f"{folder}: holds no *.safetensors weights ({', '.join(pickles) or 'none at all'}); {CONVERT}")
+    adapters = [name for name in pickles if name.startswith("adapter_model.")]
+    if adapters or (ADAPTER[0] in names and ADAPTER[1] not in names):
+        raise InputError(f"{folder}: its adapter is {', '.join(adapters) or 'not there'}, not {ADAPTER[1]}; {CONVERT}")
+    check_files(folder)
+
+
+def _check_tensors(file: Path) -> None:
+    """The header alone is read. safetensors refuses one that is too long, or reaches beyond its file."""
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            tensors.keys()
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not readable as safetensors: {error}; bring the file again") from None
+
+
+def _check_index(file: Path, names: set[str]) -> None:
+    weights = _read_json(file).get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
+        raise InputError(f"{file}: has no weight_map from weights to files")
+    if foreign := sorted(set(weights.values()) - names):
+        raise InputError(f"{file}: names {foreign[0]!r:.200}, which is no safetensors file of its folder")
+
+
+def _check_settings(file: Path) -> None:
+    layers = _read_json(file).get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise InputError(f"{file}: num_hidden_layers is {layers:.3g}; no model has that many")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if file.stat().st_size > _LARGEST_JSON:
+        raise InputError(f"{file}: is longer than {_LARGEST_JSON >> 20} MB, and holds settings")
+    try:
+        value = json.loads(file.read_bytes())
+    except RecursionError:
+        raise InputError(f"{file}: not readable as JSON: nested too deeply") from None
+    except (ValueError, OSError) as error:  # not JSON, not UTF-8, a number of thousands of digits
+        raise InputError(f"{file}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: must hold a JSON object")
+    return value
