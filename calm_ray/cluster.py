@@ -30,22 +30,23 @@ TOKEN = "RAY_AUTH_TOKEN"
 
 
 @contextmanager
-def cluster(needs: Needs, local_cpus: int = 0) -> Iterator[None]:
+def cluster(needs: Needs, *, least: Needs | None = None, local_cpus: int = 0) -> Iterator[None]:
     """Joins the cluster this process belongs to, or starts a local Ray and shuts it down.
 
-    A local one is sized for the needs, and has `local_cpus` logical CPUs at least.
+    A local one is sized for the needs, and has `local_cpus` logical CPUs at least. Raises ResourceError where one that
+    is joined can never hold the needs, or the `least` of them.
 
     A cluster is joined where Ray would join one: RAY_ADDRESS, a submitted job, or `ray start` on this machine.
     """
     if ray.is_initialized():
-        check_resources(needs)
+        check_resources(least or needs)
         yield
         return
     _keep_quiet()
     joined = _start_or_join(max(local_cpus, math.ceil(needs.total["CPU"])), needs.count("worker"))
     end_on_sigterm()
     try:
-        check_resources(needs)
+        check_resources(least or needs)
         say(_describe(joined))
         yield
     finally:
@@ -84,6 +85,12 @@ def check_resources(needs: Needs) -> None:
     most = {name: max(present.get(name, 0.0), float(limits.get(name, 0.0))) for name in needs.total}
     if problem := shortage(needs, most, _kinds_of_nodes()):
         raise ResourceError(f"engines and train.workers: {problem}")
+    places, workers = max(present.get(TRAIN_PLACE, 0), limits.get(TRAIN_PLACE, 0)), needs.count("worker")
+    if 0 < places < workers:
+        raise ResourceError(
+            f"train.workers: {workers} need as many places to train, and the cluster has {places:g} ({TRAIN_PLACE}); "
+            f"lower train.workers, or start more nodes with `ray start --resources '{{\"{TRAIN_PLACE}\": N}}'`"
+        )
 
 
 def _kinds_of_nodes() -> list[Resources]:

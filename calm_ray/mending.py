@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from calm_ray.changes import follows
 from calm_ray.policies import Policy
 from calm_ray.progress import say, step
 from calm_ray.rundir import RunDir
@@ -32,6 +33,15 @@ def mend(run: RunDir) -> None:
         stages[name].forget(files_of)
         if part in TOGETHER:
             run.stage(int(number), TOGETHER[part]).forget(files_of)
+        if name.startswith("rounds/") and not follows(part, "train"):
+            _forget_begun_training(run, int(number))
+
+
+def _forget_begun_training(run: RunDir, number: int) -> None:
+    """A training that had begun on pairs that are made again, and may come out otherwise, begins again."""
+    stage = run.stage(number, "train")
+    if not stage.is_finished:
+        stage.storage.delete("")
 
 
 def _mend_training(run: RunDir, number: int, stage: Stage, flawed: list[str]) -> None:

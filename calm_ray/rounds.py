@@ -43,7 +43,11 @@ def _align(config: Config, run: RunDir, *, overwrite: bool, redo: bool) -> None:
     known = None if overwrite else run.model
     inputs = prepare(config, known)
     check_start(config, run, known or inputs.model, overwrite=overwrite)
-    with cluster(needs_of(config, training=config.rounds > 0)), locked_in_cluster(run.uri):
+    needs, least = (
+        needs_of(config, training=config.rounds > 0, workers=workers)
+        for workers in (config.train.most_workers, config.train.least_workers)
+    )
+    with cluster(needs, least=least), locked_in_cluster(run.uri):
         check_layout(config, inputs.folder)
         for line in run.begin(settings, about(), overwrite):
             say(line)

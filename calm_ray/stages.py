@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,8 +206,10 @@ class Stages:
                             "Lower train.learning_rate or raise train.sft_weight."
                         )
 
-            with self.pool.asleep() if self.config.placement == "colocate" else nullcontext():
+            if self.config.placement == "split":
                 return train_round(job, self.config.device, report)
+            with self.pool.asleep():
+                return train_round(job, self.config.device, report, 1.0 - self.pool.spec.gpu_share)
 
     def evaluate(self, number: int, policy: Policy, start: Policy) -> None:
         """Refreshes the engines with the policy and asks it the held-out questions.

@@ -49,10 +49,11 @@ class OptimumCounter:
 
     def count(self, chunk: str) -> Counter[str]:
         by_sum = replace(self.policy, convention="sum")
-        reference = by_sum.read(self.reference, chunk)
+        reference, policy = by_sum.read(self.reference, chunk), by_sum.read(self.policy.scored, chunk)
+        # A prompt that ends every engine may have been found between the two.
+        reference, policy = reference.only(set(policy.questions)), policy.only(set(reference.questions))
         gamma = gammas(self.settings, self.policy.languages, self.beta)
         optimal = replace(reference, logps=optimal_logps(reference.logps, gamma, self.beta))
-        policy = by_sum.read(self.policy.scored, chunk)
         counts = count_scores(optimal)
         counts.update(count_distance(policy, optimal, self.beta))
         return counts

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +46,15 @@ class Scores:
     def answers(self) -> Ints:
         """[L, Q], index of the candidate that a language answers with."""
         return np.asarray(self.scores.argmax(axis=2))
+
+    def only(self, questions: Collection[str]) -> Scores:
+        """The scores of some of the questions, in the order they have here."""
+        kept = [row for row, question_id in enumerate(self.questions) if question_id in questions]
+        by_question = ("logps", "places", "prompt_logps", "scales")
+        return replace(
+            self, questions=[self.questions[row] for row in kept], counts=self.counts[kept], right=self.right[kept],
+            **{name: getattr(self, name)[:, kept] for name in by_question},
+        )  # fmt: skip
 
 
 def scores_of(scored: Tables, convention: str = "sum") -> Scores:

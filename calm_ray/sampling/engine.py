@@ -75,6 +75,7 @@ class VLLMGenerator:
         self.steps = 0
         """Steps that the engine has computed: it lives as long as they grow."""
         self.is_at_work = False
+        self.is_asleep = False
         self._count_steps()
 
     def _count_steps(self) -> None:
@@ -189,6 +190,7 @@ class VLLMGenerator:
 
         if not prompts:  # a language may lack all questions of a chunk
             return []
+        assert not self.is_asleep
         requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         self.is_at_work = True
         try:
@@ -200,10 +202,12 @@ class VLLMGenerator:
         """Gives back the GPU's memory: the weights wait in the host's; CPUs have nothing to give back."""
         if self._spec.device == "gpu":
             self._llm.sleep(level=1)
+        self.is_asleep = True
 
     def wake(self) -> None:
-        if self._spec.device == "gpu":
+        if self._spec.device == "gpu" and self.is_asleep:
             self._llm.wake_up()
+        self.is_asleep = False
 
 
 MOST_LABELS = 128

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from calm_ray.config import Objective
 from calm_ray.policies import BaseModel, Policy, publish
-from calm_ray.rows import Margin, Pair, rows_of, table
-from calm_ray.rundir import Stage
+from calm_ray.rows import Margin, Pair, rows_of
 from calm_ray.sections import Train
+from calm_ray.stage import Stage
+from calm_ray.training import checkpoint
 from calm_ray.training.batches import Example, Key, epoch_order, example_of, is_validation, pack, worker_packs
+from calm_ray.training.checkpoint import Position
+from calm_ray.training.margins import margins_of, margins_once
 from calm_ray.training.model import PolicyModel
+from calm_ray.training.notices import Doomed, Notices, none_doomed
 from calm_ray.training.objectives import dco_losses, dpo_losses, learning_rate_factor, sft_losses
+from calm_ray.training.preferred import Preferred
+from calm_ray.training.step_metrics import SUMS, means, sums_of
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,15 @@ Report = Callable[[dict[str, Any]], None]
 """Takes a step's metrics; called on the first worker only."""
 
 
-def train_policy(job: TrainJob, device: torch.device, report: Report) -> Policy:
-    """Trains one round and writes its margins, metrics and policy. Called by every worker of the process group."""
+def train_policy(job: TrainJob, device: torch.device, report: Report, doomed: Doomed = none_doomed) -> Policy:
+    """Trains one round and writes its margins, metrics and policy. Called by every worker of the process group.
+
+    Goes on from the newest whole checkpoint that an earlier attempt left, with any number of workers; writes one every
+    `train.checkpoint_steps` steps, after each epoch, and when another machine is doomed.
+    """
     training, validation, too_long = read_examples(job)
     policy_model = PolicyModel(job.model.local_folder(), job.train, device)
-    trainer = Trainer(job, policy_model, report)
+    trainer = Trainer(job, policy_model, report, doomed)
     trainer.margins = trainer.reference_margins(training + validation)
     policy_model.load(job.start, job.seed)
     trainer.fit(training, validation, too_long)
@@ -93,15 +103,16 @@ def read_examples(job: TrainJob) -> tuple[list[Example], list[Example], int]:
 class Trainer:
     """The state of one round's training on one worker."""
 
-    def __init__(self, job: TrainJob, policy_model: PolicyModel, report: Report) -> None:
+    def __init__(self, job: TrainJob, policy_model: PolicyModel, report: Report, doomed: Doomed = none_doomed) -> None:
         self.job = job
         self.policy_model = policy_model
         self.report = report
+        self.notices = Notices(doomed)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.margins: dict[Key, Margin] = {}
-        self.preferred: dict[Key, bool] = {}
-        """Whether the policy, as this worker last saw it, finds the first side of a pair likelier."""
+        self.preferred = Preferred() if job.objective == "dco" else None
         self.metrics: list[dict[str, Any]] = []
+        self._saved_step = 0
 
     def packs(self, examples: Sequence[Example]) -> list[list[Example]]:
         """This worker's packs of some examples; the same number on every worker."""
@@ -110,37 +121,91 @@ class Trainer:
         return [[examples[i] for i in pack] for pack in packs]
 
     def fit(self, training: list[Example], validation: list[Example], too_long: int) -> None:
+        """Trains from the newest whole checkpoint, or from the start, to the end."""
         train = self.job.train
-        parameters = self.policy_model.trainable()
-        optimizer = torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
-        steps_per_epoch = -(-len(training) // train.batch_pairs)
-        steps = steps_per_epoch * train.epochs
-        self.note(steps=steps, pairs=len(training), validation_pairs=len(validation), too_long_pairs=too_long)
-        self.note_same_preference("reference", step=0)
-        step = 0
-        for epoch in range(train.epochs):
+        optimizer = torch.optim.AdamW(
+            self.policy_model.trainable(), lr=train.learning_rate, weight_decay=train.weight_decay
+        )
+        batches = -(-len(training) // train.batch_pairs)
+        steps = batches * train.epochs
+        start = self.go_on(optimizer, len(training))
+        if start is None:
+            start = Position()
+            self.note(steps=steps, pairs=len(training), validation_pairs=len(validation), too_long_pairs=too_long)
+            self.note_same_preference("reference", step=0)
+        step = start.step
+        for epoch in range(start.epoch, train.epochs):
             order = epoch_order(len(training), self.job.seed, epoch)
-            for first in range(0, len(order), train.batch_pairs):
-                batch = [training[i] for i in order[first : first + train.batch_pairs]]
-                started = time.monotonic()
-                for group in optimizer.param_groups:
-                    group["lr"] = train.learning_rate * learning_rate_factor(
-                        step, steps, train.warmup_share, train.schedule
-                    )
-                sums = self.forward_backward(batch)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
-                norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            for batch in range(start.batches if epoch == start.epoch else 0, batches):
+                first = batch * train.batch_pairs
+                pairs = [training[i] for i in order[first : first + train.batch_pairs]]
+                factor = learning_rate_factor(step, steps, train.warmup_share, train.schedule)
+                measured = self.step(optimizer, pairs, train.learning_rate * factor)
                 step += 1
-                self.note(
-                    step=step, epoch=epoch, grad_norm=float(norm), learning_rate=optimizer.param_groups[0]["lr"],
-                    seconds=time.monotonic() - started, **means(sums, "train", self.job.objective),
-                )  # fmt: skip
+                self.note(step=step, epoch=epoch, **measured)
+                is_noticed = self.notices.is_new()
+                if is_noticed or step % train.checkpoint_steps == 0:
+                    self.save(optimizer, Position(step, epoch, batch + 1), len(training))
+                if is_noticed:
+                    self.tell(noticed=step)
             self.note_same_preference("train", step=step, epoch=epoch)
             if validation:
                 self.note(step=step, epoch=epoch, **means(self.evaluate(validation), "validation", self.job.objective))
                 self.note_same_preference("validation", step=step, epoch=epoch)
+            if self._saved_step != step:
+                self.save(optimizer, Position(step, epoch + 1), len(training))
+
+    def step(self, optimizer: torch.optim.Optimizer, pairs: list[Example], learning_rate: float) -> dict[str, float]:
+        """One step of the optimiser; returns its metrics."""
+        started = time.monotonic()
+        (group,) = optimizer.param_groups
+        group["lr"] = learning_rate
+        sums = self.forward_backward(pairs)
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], self.job.train.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {
+            "grad_norm": float(norm), "learning_rate": learning_rate, "seconds": time.monotonic() - started,
+            **means(sums, "train", self.job.objective),
+        }  # fmt: skip
+
+    def save(self, optimizer: torch.optim.Optimizer, position: Position, examples: int) -> None:
+        """Writes a checkpoint."""
+        parameters = self.policy_model.named_trainable()
+        state = {
+            "position": asdict(position),
+            "seed": self.job.seed,
+            "examples": examples,
+            "preferred": self.preferred.as_json() if self.preferred is not None else None,
+            "metrics": self.metrics,
+        }
+        checkpoint.save(self.job.output.storage, position.step, parameters, optimizer, state)
+        self._saved_step = position.step
+
+    def go_on(self, optimizer: torch.optim.Optimizer, examples: int) -> Position | None:
+        """Takes up the newest whole checkpoint, if there is one of these examples and this seed.
+
+        The first worker reports all metrics so far, and then the step that training goes on from (`resumed`).
+        """
+        found = checkpoint.newest_whole(self.job.output.storage)
+        if found is None or (found.state["seed"], found.state["examples"]) != (self.job.seed, examples):
+            return None
+        found.restore(self.policy_model.named_trainable(), optimizer)
+        if self.preferred is not None:
+            self.preferred.take_up(found.state["preferred"])
+        self._saved_step = found.step
+        if self.rank == 0:
+            self.metrics = found.state["metrics"]
+            for line in self.metrics:
+                self.report(line)
+        self.tell(resumed=found.step)
+        return Position(**found.state["position"])
+
+    def tell(self, **row: Any) -> None:
+        """Reports what happened; unlike metrics it is not kept."""
+        if self.rank == 0:
+            self.report({"round": self.job.round_number, **row})
 
     def note(self, **row: Any) -> None:
         """Keeps a line of metrics; the first worker reports it."""
@@ -148,6 +213,12 @@ class Trainer:
             line = {"round": self.job.round_number, **row}
             self.metrics.append(line)
             self.report(line)
+
+    def note_same_preference(self, scope: str, **row: Any) -> None:
+        """With DCO: on how many pairs the languages agree, of those seen since this was last noted."""
+        share = self.preferred.same_share() if self.preferred is not None else None
+        if share is not None:
+            self.note(**row, **{f"{scope}/same_preference": share})
 
     def forward_backward(self, batch: Sequence[Example]) -> Tensor:
         """Adds the gradient of the batch's mean loss; returns the batch's sums over all workers (see `SUMS`)."""
@@ -177,7 +248,7 @@ class Trainer:
         logps = self.policy_model.logps(batch)
         if job.chosen_only:
             losses = sft_losses(logps, batch.completion_lengths)
-            return losses, _sums(losses, logps, batch.completion_lengths)
+            return losses, sums_of(losses, logps, batch.completion_lengths)
         chosen, rejected = logps[0::2], logps[1::2]
         rows = [self.margins[example.key] for example in examples]
         ref_chosen = torch.tensor([row["ref_chosen_logps"] for row in rows], device=device)
@@ -190,105 +261,31 @@ class Trainer:
             margins = chosen - rejected - ref_margins
             losses = dco_losses(margins, targets, beta=job.train.beta, kind=job.dco_loss)
             distances = dco_losses(margins, targets, beta=job.train.beta)
-            self.remember_preferences(examples, chosen > rejected)
+            assert self.preferred is not None
+            self.preferred.see(examples, chosen > rejected)
         else:
             losses = dpo_losses(chosen, rejected, ref_margins, beta=job.train.beta)
         if job.train.sft_weight:
             losses = losses + job.train.sft_weight * sft_losses(chosen, chosen_lengths)
-        return losses, _sums(losses, chosen, chosen_lengths, rejected, ref_chosen, ref_rejected, distances)
+        return losses, sums_of(losses, chosen, chosen_lengths, rejected, ref_chosen, ref_rejected, distances)
 
-    @torch.no_grad()
     def reference_margins(self, examples: Sequence[Example]) -> dict[Key, Margin]:
-        """The reference's log-probabilities of every pair, computed once, written, and known to every worker."""
+        """The reference's log-probabilities of every pair, known to every worker."""
         if self.job.chosen_only:
             return {}
-        self.policy_model.load(self.job.reference, self.job.seed)
-        rows: list[Margin] = []
-        for part in self.packs(examples):
-            batch = pack(part or [examples[0]], chosen_only=False).to(self.policy_model.device)
-            scored = self._reference_logps(batch)
-            self.remember_preferences(part, scored[0::2] > scored[1::2])
-            logps = scored.tolist()
-            rows += [
-                Margin(
-                    question_id=example.question_id,
-                    language=example.language,
-                    pair=example.pair,
-                    reference=self.job.reference.name,
-                    ref_chosen_logps=logps[2 * i],
-                    ref_rejected_logps=logps[2 * i + 1],
-                )
-                for i, example in enumerate(part)
-            ]
-        gathered: list[list[Margin]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(gathered, rows)
-        margins = {(row["question_id"], row["language"], row["pair"]): row for part in gathered for row in part}
-        if self.rank == 0:
-            self.job.output.storage.write_table("margins.parquet", table(Margin, margins.values()))
+        rows = margins_once(self.job.output, self.job.reference, examples, lambda: self._own_margins(examples))
+        margins = {(row["question_id"], row["language"], row["pair"]): row for row in rows}
+        if self.preferred is not None:
+            self.preferred.see_reference(margins)
         return margins
 
-    def remember_preferences(self, examples: Sequence[Example], prefers: Tensor) -> None:
-        if self.job.objective == "dco":
-            self.preferred |= {one.key: value for one, value in zip(examples, prefers.tolist(), strict=False)}
-
-    def note_same_preference(self, scope: str, **row: Any) -> None:
-        """With DCO: of the same pair in two languages, how often both have the same side likelier (DCO, Eq. 5).
-
-        Over all pairs and pairs of languages that were seen since this was last noted, on all workers.
-        """
-        if self.job.objective != "dco":
-            return
-        gathered: list[dict[Key, bool]] = [{} for _ in range(self.world)]
-        dist.all_gather_object(gathered, self.preferred)
-        self.preferred = {}
-        by_pair: dict[tuple[str, int], list[bool]] = defaultdict(list)
-        for (question_id, _, number), prefers in {k: v for part in gathered for k, v in part.items()}.items():
-            by_pair[question_id, number].append(prefers)
-        alike = [a == b for sides in by_pair.values() for a, b in combinations(sides, 2)]
-        if alike:
-            self.note(**row, **{f"{scope}/same_preference": sum(alike) / len(alike)})
-
-    def _reference_logps(self, batch: Any) -> Tensor:
-        if self.job.reference.kind == "base":
-            with self.policy_model.without_adapter():
-                return self.policy_model.logps(batch)
-        return self.policy_model.logps(batch)
-
-
-SUMS = ("pairs", "loss", "tokens", "chosen_logps", "chosen_change", "rejected_change", "margin", "correct", "distance")
-"""What is summed over a batch's pairs; log-probabilities in nats. `distance` is DCO's |beta margin - target|."""
-
-
-def _sums(
-    losses: Tensor,
-    chosen: Tensor,
-    chosen_lengths: Tensor,
-    rejected: Tensor | None = None,
-    ref_chosen: Tensor | None = None,
-    ref_rejected: Tensor | None = None,
-    distances: Tensor | None = None,
-) -> Tensor:
-    zeros = torch.zeros_like(chosen)
-    chosen_change = chosen - ref_chosen if ref_chosen is not None else zeros
-    rejected_change = rejected - ref_rejected if rejected is not None and ref_rejected is not None else zeros
-    margin = chosen_change - rejected_change
-    columns = [torch.ones_like(chosen), losses, chosen_lengths, chosen, chosen_change, rejected_change]
-    columns += [margin, (margin > 0).float(), zeros if distances is None else distances]
-    return torch.stack(columns).detach().sum(dim=1)
-
-
-def means(sums: Tensor, scope: str, objective: Objective = "dpo") -> dict[str, float]:
-    """Metrics of a batch from its sums: means over pairs, log-probabilities of the chosen side by token."""
-    of = dict(zip(SUMS, sums.tolist(), strict=True))
-    pairs, tokens = of["pairs"], of["tokens"]
-    if objective == "dco":  # neither side is the better one
-        names = ("loss", "margin", "distance")
-        return {f"{scope}/{name}": of[name] / pairs for name in names}
-    return {
-        f"{scope}/loss": of["loss"] / pairs,
-        f"{scope}/chosen_logp_per_token": of["chosen_logps"] / tokens,
-        f"{scope}/chosen_change_per_token": of["chosen_change"] / tokens,
-        f"{scope}/rejected_change": of["rejected_change"] / pairs,
-        f"{scope}/margin": of["margin"] / pairs,
-        f"{scope}/correct": of["correct"] / pairs,
-    }
+    @torch.no_grad()
+    def _own_margins(self, examples: Sequence[Example]) -> list[Margin]:
+        """This worker's share of the margins."""
+        self.policy_model.load(self.job.reference, self.job.seed)
+        rows: list[Margin] = []
+        with self.policy_model.without_adapter() if self.job.reference.kind == "base" else nullcontext():
+            for part in self.packs(examples):
+                batch = pack(part or [examples[0]], chosen_only=False).to(self.policy_model.device)
+                rows += margins_of(part, self.policy_model.logps(batch), self.job.reference)
+        return rows

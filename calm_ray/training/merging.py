@@ -6,6 +6,7 @@ import shutil
 import uuid
 from pathlib import Path
 
+from calm_ray.model_files import model_files
 from calm_ray.policies import BaseModel, Policy, cache_folder, node_lock
 
 
@@ -19,8 +20,8 @@ def merge(model: Path, adapter: Path, target: Path) -> None:
     with torch.no_grad():
         merged = PeftModel.from_pretrained(base, str(adapter), use_safetensors=True).merge_and_unload()
     merged.save_pretrained(target)
-    for file in model.iterdir():
-        if file.is_file() and not (target / file.name).exists() and ".safetensors" not in file.name:
+    for file in model_files(model):
+        if not (target / file.name).exists() and ".safetensors" not in file.name:
             shutil.copyfile(file, target / file.name)
 
 

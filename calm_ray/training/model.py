@@ -102,8 +102,12 @@ class PolicyModel:
             yield
 
     def trainable(self) -> list[nn.Parameter]:
+        return list(self.named_trainable().values())
+
+    def named_trainable(self) -> dict[str, nn.Parameter]:
+        """What is trained, sharded, by the names that the model gives it."""
         self._reshard()
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def save(self, folder: Path) -> None:
         """Writes the adapter in PEFT's format, or all weights in Hugging Face's. Every worker must call this."""

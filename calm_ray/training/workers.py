@@ -2,71 +2,133 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private.state import state as ray_state
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
 
-from calm_ray.cluster import WAIT_SECONDS, free_resources
-from calm_ray.errors import CalmRayError
+from calm_ray.cluster import WAIT_SECONDS, free_resources, on_this_node
+from calm_ray.errors import CalmRayError, InputError
+from calm_ray.planning.needs import TRAIN_PLACE
 from calm_ray.policies import Policy
 from calm_ray.progress import say
+from calm_ray.sections import Train
+from calm_ray.training import checkpoint
 from calm_ray.training.loop import TrainJob
+
+RESIZE_SECONDS = 60.0
+"""How often it is looked whether there are places for more workers, or for fewer."""
+
+Line = tuple[int | None, dict[str, Any]]
+"""A row of metrics and its number, which is the same in every attempt; None for what only happened."""
 
 
 class MetricsQueue:
     """Carries metrics from the first worker to the driver while training runs."""
 
     def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
+        self._lines: list[Line] = []
 
-    def put(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
+    def put(self, line: Line) -> None:
+        self._lines.append(line)
 
-    def take(self) -> list[dict[str, Any]]:
-        rows, self._rows = self._rows, []
-        return rows
+    def take(self) -> list[Line]:
+        lines, self._lines = self._lines, []
+        return lines
 
 
-def train_round(job: TrainJob, device: str, report: Callable[[dict[str, Any]], None]) -> Policy:
+class Losses(UserCallback):
+    """Tells of lost workers, and ends training at once where trying again would be in vain: at errors of our own."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, CalmRayError):
+                raise error
+        why = str(next(iter(worker_exceptions.values()))).strip().splitlines()
+        self._queue.put.remote((None, {"lost": sorted(worker_exceptions), "why": why[0] if why else "no reason given"}))
+
+
+def train_round(
+    job: TrainJob, device: str, report: Callable[[dict[str, Any]], None], gpus_per_worker: float = 1.0
+) -> Policy:
     """Trains one round on `train.workers` Ray Train workers; `report` is called on the driver with every metrics row.
 
-    Raises CalmRayError with the worker's own error where training fails.
+    Each row is reported once, however often workers are lost; in between come rows of what happened: `lost` (workers),
+    `noticed` and `resumed` (steps). Goes on from the checkpoints of an earlier attempt, and deletes them at the end.
+
+    Raises CalmRayError with the worker's own error where training fails, InputError where it is elastic and the
+    cluster does not say where.
     """
-    queue = ray.remote(num_cpus=0)(MetricsQueue).remote()
-    resources = {"CPU": job.train.cpus_per_worker} | ({"GPU": 1.0} if device == "gpu" else {})
+    scaling = _scaling(job.train, device, gpus_per_worker)
+    options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": on_this_node()}
+    queue = ray.remote(MetricsQueue).options(**options).remote()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "queue": queue, "device": device},
-        scaling_config=ScalingConfig(
-            num_workers=job.train.most_workers, use_gpu=device == "gpu", resources_per_worker=resources
-        ),
+        scaling_config=scaling,
         run_config=RunConfig(
-            name="ray_train",
+            name="ray_train",  # an empty marker file is all that Ray Train keeps there
             storage_path=job.output.storage.path(),
             storage_filesystem=job.output.storage.filesystem,
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=job.train.max_failures, max_preemption_failures=-1),
+            callbacks=[Losses(queue)],
         ),
     )
-    _fit(trainer, queue, report)
-    return Policy(**job.output.storage.read_json("policy.json"))
+    _fit(trainer, queue, report, _wanted(scaling))
+    policy = Policy(**job.output.storage.read_json("policy.json"))
+    checkpoint.delete_all(job.output.storage)
+    return policy
 
 
-def _fit(trainer: TorchTrainer, queue: Any, report: Callable[[dict[str, Any]], None]) -> None:
+def _scaling(train: Train, device: str, gpus_per_worker: float) -> ScalingConfig:
+    """How many workers, and what each takes.
+
+    Ray counts the places of elastic workers by what nodes have in all, taken by engines or not: only a resource of
+    training's own tells how many there are.
+    """
+    resources = {"CPU": train.cpus_per_worker} | ({"GPU": gpus_per_worker} if device == "gpu" else {})
+    most = ray_state.get_max_resources_from_cluster_config() or {}
+    if TRAIN_PLACE in ray.cluster_resources() or most.get(TRAIN_PLACE):
+        resources[TRAIN_PLACE] = 1.0
+    elif train.is_elastic:
+        raise InputError(
+            "train.workers: [least, most] needs a cluster that says where workers may come and go: start each node "
+            f"that is to train with `ray start --resources '{{\"{TRAIN_PLACE}\": 8}}'`, the number of workers it has "
+            "room for; or give train.workers one number"
+        )
+    return ScalingConfig(
+        num_workers=train.workers,
+        use_gpu=device == "gpu",
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+    )
+
+
+def _fit(trainer: TorchTrainer, queue: Any, report: Callable[[dict[str, Any]], None], wanted: str) -> None:
     done = threading.Event()
-    reporter = threading.Thread(target=_report_until, args=(done, queue, report), daemon=True)
+    reporter = threading.Thread(target=_report_until, args=(done, queue, report, wanted), daemon=True)
     reporter.start()
     try:
         with _interruptible():
             trainer.fit()
+    except ControllerError as error:
+        if isinstance(error.controller_failure, CalmRayError):
+            raise error.controller_failure from None
+        raise CalmRayError(f"training failed: {error}") from error
     except (TrainingFailedError, RayError) as error:
         raise CalmRayError(f"training failed: {error}") from error
     finally:
@@ -75,18 +137,59 @@ def _fit(trainer: TorchTrainer, queue: Any, report: Callable[[dict[str, Any]], N
         ray.kill(queue)
 
 
-def _report_until(done: threading.Event, queue: Any, report: Callable[[dict[str, Any]], None]) -> None:
+def _wanted(scaling: ScalingConfig) -> str:
+    """What the workers need, for a person who waits for it."""
+    count = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[0]
+    each = ", ".join(f"{amount:g} {name}" for name, amount in (scaling.resources_per_worker or {}).items() if amount)
+    return f"{count} needed, each with {each}"
+
+
+def _report_until(done: threading.Event, queue: Any, report: Callable[[dict[str, Any]], None], wanted: str) -> None:
     """Passes metrics on, once a second and once more at the end; says so where training has to wait to begin."""
-    has_begun, said = False, time.monotonic()
+    told, event = 0, None
+    is_waiting, heard = True, time.monotonic()
     is_last = False
     while not is_last:
         is_last = done.wait(timeout=1.0)
-        for row in ray.get(queue.take.remote()):
-            has_begun = True
-            report(row)
-        if not has_begun and time.monotonic() - said > WAIT_SECONDS:
-            said = time.monotonic()
-            say(f"waiting for the training workers to begin; {free_resources()}")
+        for number, row in _taken(queue):
+            heard = time.monotonic()
+            if number is None:
+                is_waiting = "resumed" not in row
+                if row != event:
+                    event = row
+                    say(_describe(row))
+                    report(row)
+                continue
+            # Workers that begin anew tell everything from the first line on.
+            is_waiting = is_waiting and number > 0
+            if number >= told:
+                told = number + 1
+                report(row)
+        if is_waiting and time.monotonic() - heard > WAIT_SECONDS:
+            heard = time.monotonic()
+            say(f"waiting for the training workers to begin: {wanted}; {free_resources()}{_free_places()}")
+
+
+def _taken(queue: Any) -> list[Line]:
+    """The lines that have come; none while the queue itself is being started anew, which harms nothing but progress."""
+    try:
+        return ray.get(queue.take.remote())
+    except RayError:
+        return []
+
+
+def _describe(row: dict[str, Any]) -> str:
+    """An event for a person."""
+    if "resumed" in row:
+        return f"  training goes on from step {row['resumed']}"
+    if "noticed" in row:
+        return f"  a machine will be taken away: training has a checkpoint of step {row['noticed']}"
+    return f"  training lost worker {', '.join(map(str, row['lost']))}: {row['why']}"
+
+
+def _free_places() -> str:
+    places = ray.cluster_resources().get(TRAIN_PLACE)
+    return f", {ray.available_resources().get(TRAIN_PLACE, 0):g} of {places:g} {TRAIN_PLACE}" if places else ""
 
 
 @contextmanager
@@ -103,7 +206,17 @@ def _interruptible() -> Iterator[None]:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What each worker runs."""
+    """What each worker runs. Raises CalmRayError where the same would happen again, anything else where it may not."""
+    import ray.train
+
+    try:
+        _train(config)
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError):
+        rank = ray.train.get_context().get_world_rank()
+        raise CalmRayError(f"training failed on worker {rank}:\n{traceback.format_exc()}") from None
+
+
+def _train(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
@@ -117,11 +230,25 @@ def train_worker(config: dict[str, Any]) -> None:
     else:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    numbers = itertools.count()
+
+    def report(row: dict[str, Any]) -> None:
+        is_event = "resumed" in row or "noticed" in row
+        queue.put.remote((None if is_event else next(numbers), row))
+
     if job.train.engine == "trl":
         from calm_ray.training.trl_engine import train_with_trl
 
-        policy = train_with_trl(job, device, lambda row: queue.put.remote(row))
+        policy = train_with_trl(job, device, report)
     else:
-        policy = train_policy(job, device, lambda row: queue.put.remote(row))
+        policy = train_policy(job, device, report, _notices)
     if context.get_world_rank() == 0:
         job.output.storage.write_json("policy.json", policy.as_json())
+
+
+def _notices() -> Set[str]:
+    """The nodes that are being drained, as Ray Train knows them; the same on all workers."""
+    import ray.train
+
+    info = ray.train.get_preemption_info()
+    return frozenset(info.preempted_node_ids) if info is not None else frozenset()

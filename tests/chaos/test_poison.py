@@ -98,10 +98,10 @@ def test_an_engine_that_hangs_is_replaced(
     how: str, limits: dict[str, float], said: str,
 ) -> None:  # fmt: skip
     asked = read(question_files[0])
-    poisoned(asked[0], how=how, once=tmp_path / "hung")
+    poisoned(asked[0], how=how, once=tmp_path / "once")
     run, code = run_of(make_recipe, tmp_path, "hung", **limits)
     assert code == 0
-    assert (tmp_path / "hung").exists()
+    assert (tmp_path / "once").exists()
     assert said in capsys.readouterr().out
     assert not run.storage.exists("bad_prompts.parquet")
     rows = rows_of(run.stage(1, "sample").read())

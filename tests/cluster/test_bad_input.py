@@ -23,9 +23,9 @@ pytestmark = pytest.mark.usefixtures("ray_8_cpus")
 def refused(make_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs the recipe with overrides that must be refused; returns the message."""
 
-    def run(*overrides: str, **changes: Any) -> str:
+    def run(*overrides: str, code: int = 2, **changes: Any) -> str:
         recipe = make_recipe(name="bad", storage=str(tmp_path / "runs"), **changes)
-        assert main(["align", str(recipe), *overrides]) == 2
+        assert main(["align", str(recipe), *overrides]) == code
         assert not list((tmp_path / "runs").glob("**/*.parquet"))
         return capsys.readouterr().err
 
@@ -84,7 +84,7 @@ def test_a_question_with_fewer_choices_in_one_language(
 
 
 def test_more_engines_than_the_cluster_can_ever_place(refused: Callable[..., str]) -> None:
-    message = refused("engines.shared=40")
+    message = refused("engines.shared=40", code=3)
     assert "CPU (the cluster has at most 8)" in message
     assert "engines.shared" in message
 

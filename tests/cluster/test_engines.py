@@ -105,6 +105,20 @@ def test_a_new_policy_is_taken_by_running_engines(pool: EnginePool, run: RunDir,
     assert pool.starts == len(pool.members) == 2
 
 
+def asleep(pool: EnginePool) -> list[bool]:
+    return ray.get(
+        [member.actor.__ray_call__.remote(lambda engine: engine.generator.is_asleep) for member in pool.members]
+    )
+
+
+def test_engines_sleep_while_their_gpus_are_needed_and_serve_again(pool: EnginePool, run: RunDir) -> None:
+    """The order of things; on CPUs there is no memory to give back."""
+    with pool.asleep():
+        assert asleep(pool) == [True, True]
+    assert asleep(pool) == [False, False]
+    assert len(sample(pool, run, Stage(run.storage.under("awake")))) == 24 * 2 * 3
+
+
 def scoring_engine() -> type[EngineActor]:
     """An engine that also tells the log-probabilities of given tokens; a local class, so that Ray ships it whole."""
 

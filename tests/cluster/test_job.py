@@ -163,7 +163,10 @@ def test_a_policy_is_evaluated_again(
 
 def test_an_interrupted_run_goes_on_where_it_stopped(make_recipe: Callable[..., Path], storage: Path) -> None:
     recipe = make_recipe(
-        name="stopped", storage=str(storage), engines={"per_language": 1, "shared": None, "refresh": "adapter"}
+        name="stopped",
+        storage=str(storage),
+        placement="colocate",
+        engines={"per_language": 1, "shared": None, "refresh": "adapter"},
     )
     run = RunDir(str(storage), "stopped")
     job = start_job(recipe)

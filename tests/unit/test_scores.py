@@ -56,6 +56,16 @@ def test_languages_in_another_order_and_with_missing_questions() -> None:
     assert scores.logps.tolist() == [[[-1, -2], [-5, -6]], [[-2, -1], [-7, -8]]]
 
 
+def test_some_of_the_questions_keep_what_is_theirs() -> None:
+    """As where a question was left out under one policy and not under the other."""
+    logps = {"en": [[-1, -2], [-3, -2, -1], [-5, -4]], "fr": [[-4, -3], [-1, -3, -2], [-6, -7]]}
+    scores = scores_of(scored_tables(logps, [1, None, 0]))
+    some = scores.only({"q2", "q0", "another"})
+    assert some.questions == ["q0", "q2"]
+    assert some.answers.tolist() == [[0, 1], [1, 0]]
+    assert (some.counts.tolist(), some.right.tolist()) == ([2, 2], [1, 0])
+
+
 @pytest.mark.parametrize("convention", ["sum", "per_char", "per_byte", "mean_full"])
 def test_a_chunk_without_a_question_counts_nothing(convention: str) -> None:
     scores = scores_of(scored_tables({"en": [], "fr": []}), convention)

@@ -1,0 +1,194 @@
+"""Checkpoints of training in the stage's storage: safetensors and JSON, read back by any number of workers.
+
+    checkpoints/00000200/shard-*.safetensors   what is trained and Adam's moments, one file from each worker
+    checkpoints/00000200/state.json            where in the data training is, its metrics so far, and what else it knows
+    checkpoints/00000200/checkpoint.json       step, workers, size and hash of every file; written last
+
+A checkpoint is whole where checkpoint.json is there and the files are those that it names, by their hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_slices
+from torch.distributed.checkpoint.state_dict_saver import save as save_slices
+
+from calm_ray.policies import cache_folder, node_lock
+from calm_ray.storage import Storage
+
+FOLDER = "checkpoints"
+WHOLE_FILE = "checkpoint.json"
+STATE_FILE = "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Parameters = Mapping[str, nn.Parameter]
+Entry = dict[str, Any]
+"""`bytes` and `sha256` of a file."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the data training is: all steps so far, and `batches` of them in `epoch`."""
+
+    step: int = 0
+    epoch: int = 0
+    batches: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint."""
+
+    storage: Storage
+    step: int
+    files: dict[str, Entry]
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        return dict(self.storage.read_json(f"{_folder(self.step)}/{STATE_FILE}"))
+
+    def restore(self, parameters: Parameters, optimizer: torch.optim.Optimizer) -> None:
+        """Gives the parameters and their Adam state the values they had. Every worker must call this."""
+        for name, steps in self.state["adam_steps"].items():
+            parameter = parameters[name]
+            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+        with self._on_this_node() as folder:
+            load_slices(_tensors(parameters, optimizer), storage_reader=HuggingFaceStorageReader(str(folder)))
+
+    @contextmanager
+    def _on_this_node(self) -> Iterator[Path]:
+        """The folder of the files: on a disk of all nodes itself, else a copy that all workers of the node share."""
+        relative = _folder(self.step)
+        if self.storage.is_local:
+            yield Path(self.storage.path(relative))
+            return
+        copy = cache_folder() / FOLDER / hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+        with node_lock(copy):
+            if not copy.is_dir():
+                self.storage.download(relative, copy)
+        yield copy
+        dist.barrier()
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def save(
+    storage: Storage, step: int, parameters: Parameters, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Writes a checkpoint; when it is whole, all but the one before it are deleted. Every worker must call this.
+
+    `state` is the first worker's; it must be JSON. Raises StorageError where the storage does not take the files.
+    """
+    is_first = dist.get_rank() == 0
+    if is_first:
+        storage.delete(_folder(step))  # what is there was not whole
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        # Nobody gets past this call before the first worker is in it.
+        save_slices(
+            _tensors(parameters, optimizer),
+            storage_writer=HuggingFaceStorageWriter(scratch, save_distributed=True),
+        )
+        if is_first:
+            steps = {name: int(optimizer.state[p]["step"]) for name, p in parameters.items() if p in optimizer.state}
+            (folder / STATE_FILE).write_text(json.dumps({**state, "adam_steps": steps}))
+        storage.upload(folder, _folder(step))
+        written = {file.name: _entry(file) for file in folder.iterdir()}
+    files: list[dict[str, Entry]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(files, written)
+    if is_first:
+        record = {"step": step, "workers": len(files), "files": {k: v for part in files for k, v in part.items()}}
+        storage.write_json(f"{_folder(step)}/{WHOLE_FILE}", record)
+        _delete_old(storage, step)
+
+
+def newest_whole(storage: Storage) -> Checkpoint | None:
+    """The newest checkpoint that is whole, None where there is none. Every worker must call this.
+
+    Each worker reads its share of the files to check their hashes.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found: list[Any] = [_complete(storage) if rank == 0 else None]
+    dist.broadcast_object_list(found)
+    for step, files in found[0]:
+        share = sorted(files)[rank::world]
+        is_whole = all(_is_as_written(storage, f"{_folder(step)}/{name}", files[name]) for name in share)
+        verdicts = [False] * world
+        dist.all_gather_object(verdicts, is_whole)
+        if all(verdicts):
+            return Checkpoint(storage, step, files)
+    return None
+
+
+def delete_all(storage: Storage) -> None:
+    """For when the policy that came of them is published."""
+    storage.delete(FOLDER)
+
+
+def _tensors(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The parameters and Adam's moments by flat names; a parameter that never had a gradient has no moments."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[name] = parameter.detach()
+        if parameter in optimizer.state:
+            tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
+    return tensors
+
+
+def _folder(step: int) -> str:
+    return f"{FOLDER}/{step:08d}"
+
+
+def _steps(storage: Storage) -> list[int]:
+    """The steps that there is anything of, the newest first."""
+    return sorted((int(name) for name in storage.names(FOLDER) if name.isdecimal()), reverse=True)
+
+
+def _complete(storage: Storage) -> list[tuple[int, dict[str, Entry]]]:
+    """Steps and files of the checkpoints that have all the files they name, and no other; the newest first."""
+    found = []
+    for step in _steps(storage):
+        present = set(storage.files(_folder(step)))
+        if WHOLE_FILE not in present:
+            continue
+        try:
+            files = storage.read_json(f"{_folder(step)}/{WHOLE_FILE}")["files"]
+        except (ValueError, LookupError, TypeError):  # torn
+            continue
+        if present == {*files, WHOLE_FILE}:
+            found.append((step, files))
+    return found
+
+
+def _is_as_written(storage: Storage, relative: str, entry: Entry) -> bool:
+    try:
+        return storage.digest(relative) == (entry["bytes"], entry["sha256"])
+    except FileNotFoundError:
+        return False
+
+
+def _entry(file: Path) -> Entry:
+    with open(file, "rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def _delete_old(storage: Storage, newest: int) -> None:
+    """Keeps the newest checkpoint and the one that was complete before it."""
+    before = [step for step, _ in _complete(storage) if step < newest]
+    for step in _steps(storage):
+        if step not in (newest, *before[:1]):
+            storage.delete(_folder(step))
