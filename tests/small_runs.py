@@ -22,6 +22,8 @@ from calm_ray.world.generator import build_world, world_questions
 from calm_ray.world.pretraining import pretrain
 
 LANGUAGES = ["en", "fr"]
+MOMENTS = int(os.environ.get("MOMENTS", "1"))
+"""At how many moments, drawn by seed, something is killed (tests/chaos)."""
 
 
 @pytest.fixture(scope="session", autouse=True)

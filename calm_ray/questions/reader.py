@@ -207,7 +207,13 @@ def write_chunks(questions: Sequence[Question], stage: Stage, prompts_per_chunk:
     by_id: dict[str, list[Question]] = defaultdict(list)
     for row in questions:
         by_id[row["question_id"]].append(row)
+    there = stage.chunks()
     for number, first in enumerate(range(0, len(order), prompts_per_chunk)):
         ids = order[first : first + prompts_per_chunk]
-        stage.write(f"{number:05d}", table(Question, [row for one in ids for row in by_id[one]]))
+        chunk, rows = f"{number:05d}", table(Question, [row for one in ids for row in by_id[one]])
+        if chunk not in there or not stage.read_chunk(chunk).equals(rows):
+            stage.write(chunk, rows)
+        there.discard(chunk)
+    if there:  # of an attempt that broke off, when the source held more
+        stage.forget([f"{chunk}.parquet" for chunk in there])
     stage.finish({"questions": len(order), "rows": len(questions), **record})

@@ -120,6 +120,7 @@ class PolicyModel:
                 save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
                 assert isinstance(self.model, PeftModel)
                 self.model.peft_config["default"].save_pretrained(str(folder))
+                _sort_targets(folder / "adapter_config.json")
             return
         _save_weights(self.model, self._folder, folder, is_writer)
 
@@ -236,6 +237,13 @@ def _assign(parameter: nn.Parameter, full: Tensor) -> None:
 
 def _gather(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def _sort_targets(file: Path) -> None:
+    """PEFT writes a set in whatever order it has; the same adapter shall have the same hash in every process."""
+    config = json.loads(file.read_text("utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _save_weights(model: nn.Module, source: Path, folder: Path, is_writer: bool) -> None:

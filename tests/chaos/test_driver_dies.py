@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -14,12 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
+from small_runs import MOMENTS
 
 from calm_ray.rows import rows_of
 from calm_ray.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]
-MOMENTS = int(os.environ.get("MOMENTS", "1"))
 STAGES = ["0/evaluate", "1/sample", "1/pairs", "1/train", "1/evaluate"]
 
 
@@ -114,14 +113,13 @@ def test_a_driver_that_is_killed_in_every_stage(undisturbed: RunDir, recipe: Pat
     """One run, killed in each of its stages in turn, and gone on with at once each time."""
     rng = random.Random(moment)
     name = f"killed-{moment}"
-    run = RunDir(str(storage), name)
+    run, killed = RunDir(str(storage), name), []
     for stage in STAGES:
         job = start(recipe, f"name={name}")
         wait_for(run, stage, rng.randint(1, 3) if stage != "1/train" else 1, job)
-        processes = family(job)
+        killed += family(job)
         job.send_signal(signal.SIGKILL)
         job.communicate()
-        assert left_over(processes) == [], stage
         there = files_of(run)
         assert there, stage
         print(f"killed in {stage} with {len(there)} chunks")
@@ -132,9 +130,10 @@ def test_a_driver_that_is_killed_in_every_stage(undisturbed: RunDir, recipe: Pat
     assert ids_of(run) == ids_of(undisturbed)
     assert without_seconds(run.summary) == without_seconds(undisturbed.summary)
     assert not run.stage(1, "train").storage.exists("checkpoints")
+    assert left_over(killed, 300) == []  # Ray's own agents look only now and then whether their node still lives
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.chaos)])
 def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(
     undisturbed: RunDir, recipe: Path, storage: Path, end: signal.Signals
 ) -> None:
@@ -149,7 +148,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(
     assert "the same command goes on" in output
     assert left_over(processes) == []
     assert shared_memory() <= before
-    assert not [file for file in storage.iterdir() if "lock" in file.name]
+    assert not (storage / f".{name}.lock").exists()
     there = files_of(run)
     finish(recipe, f"name={name}")
     after = files_of(run)

@@ -5,7 +5,6 @@ One pool of three engines goes through all of it, so that what an accident leave
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from factories import read_questions
-from small_runs import LANGUAGES, make_adapter
+from small_runs import LANGUAGES, MOMENTS, make_adapter
 
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.questions.reader import write_chunks
@@ -30,7 +29,6 @@ from calm_ray.sections import Engines, Lora
 from calm_ray.stage import Stage
 
 ENGINES = 3
-MOMENTS = int(os.environ.get("MOMENTS", "1"))
 LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"])
 
 
@@ -47,7 +45,10 @@ def policy(babbler: Path, run: RunDir, tmp_path_factory: pytest.TempPathFactory)
     return make_adapter(babbler, tmp_path_factory.mktemp("adapter") / "1", run, 1, LORA)
 
 
-@pytest.fixture(scope="module", params=["actor", "child"])
+LONG = pytest.mark.chaos
+
+
+@pytest.fixture(scope="module", params=["actor", pytest.param("child", marks=LONG)])
 def pool(request: pytest.FixtureRequest, ray_8_cpus: None, babbler: Path, policy: Policy) -> Iterator[EnginePool]:
     settings = Engines(
         shared=ENGINES, cpus=0.5, min_engines=ENGINES, process=request.param, max_restarts=20,
@@ -98,8 +99,15 @@ def engine_processes(pool: EnginePool) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("moment", range(MOMENTS))
-@pytest.mark.parametrize("victims", [1, ENGINES - 1], ids=["one engine", "all engines but one"])
-@pytest.mark.parametrize("when", ["idle", "sampling"])
+@pytest.mark.parametrize(
+    ("when", "victims"),
+    [
+        ("sampling", 1),
+        pytest.param("idle", 1, marks=LONG),
+        pytest.param("sampling", ENGINES - 1, marks=LONG),
+        pytest.param("idle", ENGINES - 1, marks=LONG),
+    ],
+)
 def test_a_killed_engine_loses_nothing(
     pool: EnginePool, run: RunDir, undisturbed: set[tuple[str, str, int]], policy: Policy, when: str, victims: int,
     moment: int,

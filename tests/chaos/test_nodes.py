@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
+from small_runs import MOMENTS
 
 from calm_ray.rows import rows_of
 from calm_ray.rundir import RunDir
@@ -44,7 +46,11 @@ def wait_until(job: subprocess.Popen[str], happened: Callable[[], bool]) -> None
 
 
 @pytest.mark.chaos
-def test_machines_that_leave_and_come(cluster: Cluster, make_recipe: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", range(MOMENTS))
+def test_machines_that_leave_and_come(
+    cluster: Cluster, make_recipe: Callable[..., Path], tmp_path: Path, moment: int
+) -> None:
+    sampled, trained = (random.Random(moment).randint(1, most) for most in (16, 2))
     first, _ = add_for_engine(cluster), add_for_engine(cluster)
     trainers = add_for_training(cluster)
     cluster.wait_for_nodes()
@@ -56,9 +62,9 @@ def test_machines_that_leave_and_come(cluster: Cluster, make_recipe: Callable[..
     command = [sys.executable, str(ROOT / "jobs" / "calm.py"), str(recipe)]
     environment = {**os.environ, "RAY_ADDRESS": cluster.address}
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_until(job, lambda: len(run.stage(1, "sample").chunks()) >= 2)
+    wait_until(job, lambda: len(run.stage(1, "sample").chunks()) >= sampled)
     cluster.remove_node(first, allow_graceful=False)
-    wait_until(job, lambda: run.stage(1, "train").storage.exists("checkpoints"))
+    wait_until(job, lambda: len(run.stage(1, "train").storage.names("checkpoints")) >= trained)
     cluster.remove_node(trainers, allow_graceful=False)
     add_for_training(cluster)
     add_for_engine(cluster)

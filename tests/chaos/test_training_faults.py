@@ -205,6 +205,7 @@ def train_on_a_drained_node(inputs: Path, output: Path) -> None:
     cluster.shutdown()
 
 
+@pytest.mark.chaos
 def test_a_drained_node_leaves_a_checkpoint(inputs: Path, tmp_path: Path, apart: Callable[..., None]) -> None:
     apart(train_on_a_drained_node, inputs, tmp_path)
 
@@ -232,6 +233,7 @@ def train_on_fewer_nodes(inputs: Path, output: Path) -> None:
     cluster.shutdown()
 
 
+@pytest.mark.chaos
 def test_elastic_workers_go_on_with_the_nodes_that_are_left(
     inputs: Path, tmp_path: Path, apart: Callable[..., None]
 ) -> None:
