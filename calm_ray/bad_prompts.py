@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+
+from calm_ray.errors import InputError
 from calm_ray.rows import BadPrompt, rows_of, table
 from calm_ray.sampling.dispatch import Blamed
 from calm_ray.stage import Stage
@@ -23,10 +26,12 @@ class BadPrompts:
         asked = self._name(questions)
         return {(row["question_id"], row["language"]) for row in self._rows() if row["questions"] == asked}
 
-    def add(self, questions: Stage, output: Stage, found: Sequence[Blamed]) -> None:
-        """Lists more of them, found while `output` was made."""
-        if not found:
-            return
+    def noting(self, questions: Stage, output: Stage) -> Callable[[Sequence[Blamed]], None]:
+        """What lists the bad prompts that are found while `output` is made, beside those that are known by now."""
+        before = self._rows()
+        return lambda found: self._write(before, questions, output, found)
+
+    def _write(self, before: list[BadPrompt], questions: Stage, output: Stage, found: Sequence[Blamed]) -> None:
         rows = [
             BadPrompt(
                 question_id=one.question_id,
@@ -38,10 +43,15 @@ class BadPrompts:
             )
             for one in found
         ]
-        self.storage.write_table(FILE, table(BadPrompt, [*self._rows(), *rows]))
+        self.storage.write_table(FILE, table(BadPrompt, [*before, *rows]))
 
     def _rows(self) -> list[BadPrompt]:
-        return rows_of(self.storage.read_table(FILE)) if self.storage.exists(FILE) else []
+        if not self.storage.exists(FILE):
+            return []
+        try:
+            return rows_of(self.storage.read_table(FILE))
+        except (OSError, pa.ArrowException):
+            raise InputError(f"{self.storage.uri(FILE)} is torn; delete it, and its prompts are found again") from None
 
     def _name(self, stage: Stage) -> str:
         """A stage's folder within the run."""

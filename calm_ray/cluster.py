@@ -107,8 +107,15 @@ DEVICE_OF = {"A100-40G": "A100-40", "A100-80G": "A100-80", "H100": "H100", "H200
 def check_layout(config: Config, model_folder: Path) -> None:
     """Raises ResourceError where the nodes that are there, or may be started, cannot hold a run, memory included.
 
+    With `train.workers: [least, most]` they must say how many places they have to train.
+
     A model whose configuration says too little for a plan is left to the engines.
     """
+    if config.train.is_elastic and config.rounds and not any(TRAIN_PLACE in node for node in _kinds_of_nodes()):
+        raise ResourceError(
+            "train.workers: [least, most] needs nodes that say how many workers they have room for: start them with "
+            f"`ray start --resources '{{\"{TRAIN_PLACE}\": 8}}'`, or give train.workers one number"
+        )
     try:
         check_plan(config, model_folder, _nodes())
     except InputError as error:

@@ -6,6 +6,7 @@ Whatever is heavy is imported only when something runs.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -104,7 +105,7 @@ def _run_all(contenders: Sequence[Contender], overwrite: bool) -> None:
     from calm_ray.cluster_lock import locked_in_cluster
     from calm_ray.comparison.shared import check_common_start
     from calm_ray.mending import mend
-    from calm_ray.planning.needs import needs_of
+    from calm_ray.planning.needs import Needs, needs_of
     from calm_ray.progress import say
     from calm_ray.sampling.engine import engine_spec
     from calm_ray.sampling.pool import EnginePool
@@ -118,11 +119,13 @@ def _run_all(contenders: Sequence[Contender], overwrite: bool) -> None:
         return
     inputs = _prepare(todo, None if overwrite else _model_of(contenders), overwrite)
     needs = [needs_of(one.config) for one in todo]
-    with cluster(max(needs, key=lambda one: (one.total["GPU"], one.total["CPU"]))), ExitStack() as locks:
+    cpus = max(math.ceil(one.total["CPU"]) for one in needs)
+    largest = max(needs, key=lambda one: one.count("worker"))
+    with cluster(largest, least=Needs([]), local_cpus=cpus), ExitStack() as locks:
         for one in todo:
             locks.enter_context(locked_in_cluster(one.run.uri))
-        for one, one_needs in zip(todo, needs, strict=True):
-            check_resources(one_needs)
+        for one in todo:
+            check_resources(needs_of(one.config, workers=one.config.train.least_workers))
             check_layout(one.config, inputs.folder)
         for one in todo:
             for line in one.run.begin(one.settings, about(), overwrite):

@@ -36,13 +36,11 @@ def over_chunks_and_languages(
     todo = [task for task in tasks if task.name not in there]
     by_language: Counter[str] = Counter()
     known = bad_prompts.known(questions)
-    work = Dispatcher(without_bad(todo, known), pool.spec.engines.max_bad_prompts, len(known))
+    most_bad, noting = pool.spec.engines.max_bad_prompts, bad_prompts.noting(questions, output)
+    work = Dispatcher(without_bad(todo, known), most_bad, len(known), noting)
     with step(title, len(tasks)) as progress:
         progress.advance(len(tasks) - len(todo))
-        try:
-            for task, counts in pool.run(method, work, **how):
-                by_language[task.language] += counts["rows"]
-                progress.advance(note=" ".join(f"{code} {by_language[code]}" for code in languages))
-        finally:
-            bad_prompts.add(questions, output, work.bad)
+        for task, counts in pool.run(method, work, **how):
+            by_language[task.language] += counts["rows"]
+            progress.advance(note=" ".join(f"{code} {by_language[code]}" for code in languages))
     return output.counts()

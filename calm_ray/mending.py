@@ -30,9 +30,9 @@ def mend(run: RunDir) -> None:
         if part == "train":
             _mend_training(run, int(number), stages[name], files_of)
             continue
-        stages[name].forget(files_of)
-        if part in TOGETHER:
+        if part in TOGETHER:  # first, so that it never seems to be whole without the other
             run.stage(int(number), TOGETHER[part]).forget(files_of)
+        stages[name].forget(files_of)
         if name.startswith("rounds/") and not follows(part, "train"):
             _forget_begun_training(run, int(number))
 
@@ -40,17 +40,22 @@ def mend(run: RunDir) -> None:
 def _forget_begun_training(run: RunDir, number: int) -> None:
     """A training that had begun on pairs that are made again, and may come out otherwise, begins again."""
     stage = run.stage(number, "train")
-    if not stage.is_finished:
+    if not stage.storage.exists("policy.json"):
         stage.storage.delete("")
 
 
 def _mend_training(run: RunDir, number: int, stage: Stage, flawed: list[str]) -> None:
     """A lost policy is trained again, if nothing came after it; what led to it is not needed any more."""
-    is_lost = any(name.startswith("policy") for name in flawed)
-    record = stage.record
-    stage.forget(flawed)
+    if not stage.is_finished:
+        stage.forget(flawed)
+        return
+    if not any(name.startswith("policy") for name in flawed):
+        stage.do_without(flawed)
+        return
     later = [n for n, name in run.stages() if n > number and name == "train" and run.stage(n, name).is_finished]
-    if not is_lost or later:
-        if is_lost:
-            say(f"  policy {Policy(**record['policy']).name} is lost; round {later[0]} has gone on from it, and stays")
-        stage.finish(record)
+    if not later:
+        stage.forget([*flawed, "policy.json"])
+        return
+    name = Policy(**stage.record["policy"]).name
+    say(f"  policy {name} is lost; round {later[0]} has gone on from it, and stays")
+    stage.do_without(flawed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,9 @@ def fetch(location: str, sha256: str, folder: Path) -> Path:
     with node_lock(folder):
         if not folder.is_dir():
             Storage(location).download("", folder)
+            if hash_folder(folder) != sha256:
+                shutil.rmtree(folder)
+                raise CalmRayError(f"{location} is not what was written there: put it back, or make it again")
     if hash_folder(folder) != sha256:
         raise CalmRayError(
             f"{folder} is not what {location} held when it was written; delete the folder and start again"

@@ -40,9 +40,10 @@ def _align(config: Config, run: RunDir, *, overwrite: bool, redo: bool) -> None:
     run.check(settings, overwrite, redo=redo)
     if config.method == "dco":
         say(check_gamma(config.dco, config.languages, config.train.beta))
-    known = None if overwrite else run.model
+    anew = overwrite or run.starts_over(settings)
+    known = None if anew else run.model
     inputs = prepare(config, known)
-    check_start(config, run, known or inputs.model, overwrite=overwrite)
+    check_start(config, run, known or inputs.model, overwrite=anew)
     needs, least = (
         needs_of(config, training=config.rounds > 0, workers=workers)
         for workers in (config.train.most_workers, config.train.least_workers)

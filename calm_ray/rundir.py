@@ -37,8 +37,10 @@ from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 
 CONFIG_FILE = "config.json"
+DELETING = "deleting.json"
+"""Says that what is left of a run was to be deleted."""
 PARTS = [
-    BAD_PROMPTS, CONFIG_FILE, "evaluations", "finished.json", "metrics.jsonl", "model", "model.json", "probe",
+    BAD_PROMPTS, CONFIG_FILE, DELETING, "evaluations", "finished.json", "metrics.jsonl", "model", "model.json", "probe",
     "questions", "rounds", "start", "start.json", "summary.json",
 ]  # fmt: skip
 """All that lies in a run's folder."""
@@ -84,9 +86,7 @@ class RunDir:
         With `redo`, what a changed configuration makes invalid may be done again. Writes nothing.
         """
         if not self.storage.exists(CONFIG_FILE):
-            foreign = [name for name in self.storage.names() if name not in PARTS]
-            if foreign:
-                raise InputError(f"{self.uri} holds {foreign[0]} and is not a run; give this run another name")
+            self._check_without_config(overwrite)
             return
         if overwrite:
             return
@@ -102,6 +102,15 @@ class RunDir:
             raise InputError(
                 f"{self.uri} is finished. See it with `calm-ray show {self.uri}`; "
                 "raise rounds to go on, give this run another name, or add --overwrite to delete it and start again."
+            )
+
+    def _check_without_config(self, overwrite: bool) -> None:
+        names = self.storage.names()
+        if foreign := [name for name in names if name not in PARTS]:
+            raise InputError(f"{self.uri} holds {foreign[0]} and is not a run; give this run another name")
+        if {"rounds", "questions"} & set(names) and DELETING not in names and not overwrite:
+            raise InputError(
+                f"{self.uri} holds a run without its config.json; put that back, or add --overwrite to delete the run"
             )
 
     def is_complete(self, config: dict[str, Any]) -> bool:
@@ -122,6 +131,7 @@ class RunDir:
         """
         if overwrite:
             # First, so that what an interrupted deletion leaves is never taken for a run.
+            self.storage.write_json(DELETING, {})
             self.storage.delete(CONFIG_FILE)
         if not self.storage.exists(CONFIG_FILE):
             self.storage.delete("")
@@ -129,12 +139,17 @@ class RunDir:
             return []
         changed, invalid = self._changes(config)
         if changed:
-            for part in ["finished.json", *invalid]:
+            found_out = ["evaluations", BAD_PROMPTS] if earliest(changed) not in ("train", "nothing") else []
+            for part in ["finished.json", *found_out, *invalid]:
                 self.storage.delete(part)
             # Last: a deletion that was interrupted begins again.
             self.storage.write_json(CONFIG_FILE, {"config": config, **about})
         said = [f"changed: {key}: {change}" for key, change in changed.items()]
         return said + [f"to be done again: {part}" for part in invalid]
+
+    def starts_over(self, config: dict[str, Any]) -> bool:
+        """Whether a changed configuration leaves nothing of the run that is here, its model and start included."""
+        return self.storage.exists(CONFIG_FILE) and earliest(self._changes(config)[0]) == "questions"
 
     def stages(self) -> list[tuple[int, str]]:
         """The stages that have begun, (round, name), in the order in which a run makes them."""
@@ -152,8 +167,11 @@ class RunDir:
         It was lost and has been trained again, which need not give the same weights.
         """
         after = [(n, name) for n, name in self.stages() if n > number or (n == number and name in PARTS_OF["evaluate"])]
-        evaluation = self.stage(number, "evaluate")
-        if not after or (evaluation.is_finished and evaluation.record["policy"] == policy):
+        made = [self.stage(number, "evaluate"), self.stage(number, "score"), self.stage(number + 1, "sample")]
+        chunks = [(stage, min(stage.chunks())) for stage in made if stage.chunks()]
+        if {name for stage, chunk in chunks for name in stage.read_chunk(chunk, ["policy"])["policy"].to_pylist()} == {
+            policy
+        }:
             return []
         for stage in after:
             self.storage.delete(_path(stage))
@@ -162,7 +180,7 @@ class RunDir:
     @property
     def start(self) -> Policy | None:
         """The copy of an earlier run's policy that this run starts from (`init_from`); None where there is none."""
-        return Policy(**self.storage.read_json("start.json")) if self.storage.exists("start.json") else None
+        return Policy(**self._read("start.json")) if self.storage.exists("start.json") else None
 
     def share_model(self, model: BaseModel, folder: Path) -> BaseModel:
         """Notes the run's model, once, as every node can get it: the demo's is put into the run."""
@@ -177,7 +195,13 @@ class RunDir:
     @property
     def model(self) -> BaseModel | None:
         """The model that the run started from; None before it has one."""
-        return BaseModel(**self.storage.read_json("model.json")) if self.storage.exists("model.json") else None
+        return BaseModel(**self._read("model.json")) if self.storage.exists("model.json") else None
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            return dict(self.storage.read_json(name))
+        except (ValueError, TypeError):
+            raise InputError(f"{self.storage.uri(name)} is torn; delete it, and it is made again") from None
 
     @property
     def config(self) -> dict[str, Any]:

@@ -128,13 +128,18 @@ class Stage:
 
     def forget(self, names: Sequence[str]) -> None:
         """Takes files out of the manifest, and deletes them: the stage is not finished any more."""
-        entries = self.manifest()
         self.storage.delete(STAGE_FILE)
+        self.do_without(names)
+
+    def do_without(self, names: Sequence[str]) -> None:
+        """Takes files out of the manifest, and deletes them; a stage that is finished stays so."""
+        entries = self.manifest()
         for name in names:
             self.storage.delete(f"{ENTRIES}/{name}.json")
-            self.storage.delete(name)
             entries.pop(name, None)
         self.storage.write_json(MANIFEST, entries)
+        for name in names:
+            self.storage.delete(name)
 
     def _entry_of(self, name: str) -> Entry | None:
         """Size and hash of a file as it lies there; None where it is gone."""

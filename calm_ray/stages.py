@@ -9,7 +9,6 @@ from typing import Any
 
 from calm_ray.config import Config
 from calm_ray.engine_work import over_chunks_and_languages
-from calm_ray.errors import CalmRayError
 from calm_ray.evaluation.from_scores import answers_of, changed_answers
 from calm_ray.evaluation.report import evaluation_report, gold_of
 from calm_ray.evaluation.samples import sample_report
@@ -71,15 +70,19 @@ class Stages:
     def prefer(self, number: int, start: Policy) -> dict[str, Any]:
         """The pairs of a round: of a vote on what was sampled, or of candidates that were scored."""
         stage = self.run.stage(number, "pairs")
-        if stage.is_finished:
+        scoring = self.scoring if not self.config.votes else None
+        draws = scoring is not None and self.config.samples
+        if stage.is_finished and not (draws and not self.run.stage(number, "candidates").is_finished):
             return stage.record
         if self.config.samples:
             self.pool.load(start)  # who wrote the completions may have to translate them; they may be there already
-        if self.scoring is None or self.config.votes:
+        if scoring is None:
             return self._vote(number, stage)
-        if self.config.samples:
-            self.scoring.draw_candidates(self._own_candidates(number))
-        return self.scoring.pair(number, self._reference(start))
+        if draws:
+            scoring.draw_candidates(self._own_candidates(number))
+        if stage.is_finished:
+            return stage.record
+        return scoring.pair(number, self._reference(start))
 
     def _own_candidates(self, number: int) -> OwnCandidates:
         config = self.config
@@ -149,6 +152,7 @@ class Stages:
             say(f"round {number}: {why}, so there is nothing to train on")
         for name in self.run.forget_after_training(number, policy.name):
             say(f"{name}: was made by a policy that is lost, and is made again")
+        stage.storage.delete("checkpoints")
         files = [name for name in TRAINED if stage.storage.exists(name)]
         files += [f"policy/{name}" for name in stage.storage.files("policy")]
         stage.finish({"policy": policy.as_json(), "seconds": time.monotonic() - started}, files)
@@ -159,11 +163,7 @@ class Stages:
         if not stage.storage.exists("policy.json"):
             return None
         policy = Policy(**stage.storage.read_json("policy.json"))
-        try:
-            policy.local_folder()
-        except (CalmRayError, OSError):
-            return None
-        return policy
+        return policy if stage.storage.hash_folder("policy") == policy.sha256 else None
 
     def _train_job(self, number: int, start: Policy) -> TrainJob:
         return TrainJob(

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -153,6 +154,10 @@ class Storage:
         with self.filesystem.open_input_file(self.path(relative)) as file:
             return pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
 
+    def hash_folder(self, relative: str) -> str:
+        """SHA-256 over the names and contents of the files directly in a folder, as `hash_folder` has it on a disk."""
+        return _hash_of(self.files(relative), lambda name: self.digest(f"{relative}/{name}")[1])
+
     def upload(self, folder: Path, relative: str) -> None:
         """Copies the files directly in a local folder."""
         for file in sorted(folder.iterdir()):
@@ -186,6 +191,13 @@ def _write_whole(target: Path, data: bytes | pa.Buffer) -> None:
         raise
 
 
+def _hash_of(names: Iterable[str], digest_of: Callable[[str], str]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode() + b"\0" + bytes.fromhex(digest_of(name)))
+    return digest.hexdigest()
+
+
 def storage_named(location: str) -> Storage:
     """The folder that a person names: a URI, or a path, which may be relative to where they are."""
     if "://" in location or local_problem(location):
@@ -195,9 +207,9 @@ def storage_named(location: str) -> Storage:
 
 def hash_folder(folder: Path) -> str:
     """SHA-256 over the names and contents of the files directly in a folder, in hexadecimal."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        digest.update(file.name.encode() + b"\0")
-        with open(file, "rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
+
+    def digest_of(name: str) -> str:
+        with open(folder / name, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+    return _hash_of([file.name for file in folder.iterdir()], digest_of)

@@ -38,8 +38,8 @@ TABLE_1 = [BASE, "sft_gold", "dpo_gold", "calm", f"dpo_gold{ARROW}dco", "dco"]
 _BY_OBJECTIVE = {"sft_weight", *(key for defaults in TRAIN_BY_OBJECTIVE.values() for key in defaults)}
 _NAMED_BY_PLAN = ("name", "method", "init_from")
 _THE_SAME = [
-    "storage", "seed", "languages", "model", "device", "world", "questions", "sampling", "engines", "candidates",
-    "train.lora", "preferences.extraction",
+    "storage", "seed", "languages", "model", "device", "world", "questions", "sampling", "engines", "placement",
+    "candidates",    "train.lora", "preferences.extraction",
 ]  # fmt: skip
 """What methods must share, to be compared at all, and to be served by the same engines."""
 

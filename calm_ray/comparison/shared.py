@@ -87,6 +87,6 @@ def _policies(contender: Contender) -> Iterator[tuple[int, Policy]]:
 
 
 def _take(stage: Stage, other: Stage, policy: str | None = None) -> None:
-    if not stage.is_finished and other.is_finished:
+    if not stage.is_finished and other.is_finished and not other.flawed():
         stage.copy(other, policy)
         say(f"copied: {other.storage.uri()}")

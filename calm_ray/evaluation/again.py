@@ -10,6 +10,7 @@ from pathlib import Path
 from calm_ray.cluster import cluster
 from calm_ray.errors import InputError
 from calm_ray.inputs import candidate_check, check_lengths
+from calm_ray.lock import locked
 from calm_ray.opened import open_run
 from calm_ray.planning.needs import needs_of
 from calm_ray.progress import console, say
@@ -51,9 +52,9 @@ def evaluate_again(location: str, questions: str | None, round_number: int | Non
         write_chunks(rows, asked, config.sampling.prompts_per_chunk)
     output = Stage(run.storage.under(f"evaluations/{label}/{policy.name}"))
     if not output.is_finished:
-        with cluster(needs_of(config, training=False)):
-            spec = engine_spec(config, model)
-            with EnginePool(spec, config.languages, say) as pool:
+        with locked(run.storage, say), cluster(needs_of(config, training=False)):
+            output.recover()
+            with EnginePool(engine_spec(config, model), config.languages, say) as pool:
                 stages = Stages(config, run, model, pool)
                 stages.ask(f"evaluate {policy.name}", policy, asked, output)
     console.print(evaluation_table(f"policy {policy.name} on {label}, percent", output.record["report"]))

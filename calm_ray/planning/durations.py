@@ -48,7 +48,8 @@ def train_flops(config: Config) -> int:
 def seconds_of(config: Config, shape: Shape, layout: Layout, device: Device, work: Work) -> dict[str, float]:
     """Seconds of each stage of one round; without those that engines take to start, and of votes, which are short."""
     engines = layout.needs.count("engine")
-    workers = min(layout.needs.count("worker"), config.train.batch_pairs)  # a step has no more work than pairs
+    # A step has no more work than pairs; without rounds there are no workers, and no pairs either.
+    workers = max(1, min(layout.needs.count("worker"), config.train.batch_pairs))
     writing = engines * decode_rate(config, shape, layout, device, work)
     reading = engines * read_rate(config, shape, device)
     training = workers * device.flops * FLOPS_SHARE / shape.parameters

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from calm_ray import plain_yaml
 from calm_ray.errors import InputError
 
 GB, GIB = 10**9, 2**30
@@ -149,7 +150,7 @@ def nodes_of_launcher(path: str | Path, gpu_memory: float | None = None) -> list
     if not isinstance(kinds, dict) or not kinds:
         raise InputError(f"{path}: available_node_types: is missing; name the machines that may be started")
     head = raw.get("head_node_type")
-    if head not in kinds:
+    if not isinstance(head, str) or head not in kinds:
         raise InputError(f"{path}: head_node_type: {head!r} is none of {', '.join(map(str, kinds))}")
     if gpu_memory is not None:
         _positive("gpu-memory", gpu_memory)
@@ -172,7 +173,7 @@ def _read_launcher(path: Path) -> dict[str, Any]:
     if path.stat().st_size > 10**6:
         raise InputError(f"cluster: {path} is larger than 1 MB; that is no file of Ray's cluster launcher")
     try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
+        raw = plain_yaml.load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"cluster: {path} is not readable as YAML: {error}") from None
     if not isinstance(raw, dict):

@@ -85,7 +85,7 @@ def lay_out(config: Config, shape: Shape, nodes: Sequence[Node]) -> Layout:
     while True:
         worker = worker_memory(config, shape, workers)
         host = host_memory(config, shape, engine, worker)
-        needs = needs_of(config, workers=workers)
+        needs = needs_of(config, training=config.rounds > 0, workers=workers)
         places = [Place(node) for node in nodes]
         # Where workers may leave, those that stay must have room for their shares.
         fullest = worker_memory(config, shape, train.least_workers)

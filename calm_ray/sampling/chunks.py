@@ -26,6 +26,9 @@ class ChunkTask:
     only: tuple[str, ...] | None = None
     """A trial: just these questions, and nothing is written."""
 
+    ticket: int = 0
+    """Under which it was given out: every time another one."""
+
     @property
     def name(self) -> str:
         return f"{self.chunk}-{self.language}"

@@ -8,7 +8,7 @@ it is given to. The chunk is then done without that prompt.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from calm_ray.errors import CalmRayError
@@ -43,10 +43,20 @@ class _Suspicion:
 
 
 class Dispatcher:
-    """Chunks that are to be done. `next` gives one out; say `finished` or `died` of each."""
+    """Chunks that are to be done. `next` gives one out; say `finished`, `died` or `not_begun` of each.
 
-    def __init__(self, tasks: Iterable[ChunkTask], most_bad: int, bad_before: int = 0) -> None:
+    `on_bad` is given all bad prompts whenever they change.
+    """
+
+    def __init__(
+        self,
+        tasks: Iterable[ChunkTask],
+        most_bad: int,
+        bad_before: int = 0,
+        on_bad: Callable[[Sequence[Blamed]], None] = lambda bad: None,
+    ) -> None:
         self.bad: list[Blamed] = []
+        self._on_bad = on_bad
         self._queues: dict[str, deque[ChunkTask]] = {}
         self._first: deque[ChunkTask] = deque()
         self._open = 0
@@ -84,6 +94,10 @@ class Dispatcher:
         suspicion.suspects = [one for one in suspicion.suspects if one not in innocent]
         self._search_on(task)
         return False
+
+    def not_begun(self, task: ChunkTask) -> None:
+        """A task that never reached its engine is given out again."""
+        self._first.append(task)
 
     def died(self, task: ChunkTask, error: str) -> bool:
         """Takes note that an engine died under a task; returns whether the task is to blame rather than the engine.
@@ -131,8 +145,11 @@ class Dispatcher:
         assert task.only is not None
         (question_id,) = task.only
         self.bad.append(Blamed(question_id, task.language, task.chunk, error))
+        self._on_bad(self.bad)  # before its chunk is done without it
         self._bad_in_a_row += 1
         if self._bad_in_a_row >= BAD_IN_A_ROW:
+            del self.bad[-BAD_IN_A_ROW:]
+            self._on_bad(self.bad)
             raise CalmRayError(
                 f"engines end whatever they are given: {self._bad_in_a_row} prompts in a row, and nothing was done "
                 f"in between. The last one: {error}"

@@ -268,10 +268,12 @@ class EngineActor:
     def __init__(self, spec: EngineSpec, number: int = 0, pulse_name: str | None = None) -> None:
         self._generator: VLLMGenerator | None = None
         self._leash: Leash | None = None
-        if pulse_name is not None:
-            pulse = ray.get_actor(pulse_name)
-            ray.get(pulse.started.remote(number))
-            threading.Thread(target=self._beat, args=(number, pulse), daemon=True).start()
+        self._pulse = ray.get_actor(pulse_name) if pulse_name is not None else None
+        if self._pulse is not None:
+            ray.get(self._pulse.started.remote(number))
+            threading.Thread(target=self._beat, args=(number, self._pulse), daemon=True).start()
+            while ray.get(self._pulse.is_night.remote()):
+                time.sleep(BEAT_SECONDS)
         self._generator = VLLMGenerator(spec)
         self._leash = Leash() if spec.engines.process == "child" else None
 
@@ -298,6 +300,11 @@ class EngineActor:
         self.generator.load(policy)
         return self.generator.policy
 
+    def _begin(self, ticket: int, policy: Policy) -> None:
+        if self._pulse is not None:
+            ray.get(self._pulse.begins.remote(ticket))
+        self.load(policy)
+
     def sleep(self) -> None:
         self.generator.sleep()
 
@@ -306,29 +313,29 @@ class EngineActor:
 
     def sample(self, task: ChunkTask, decoding: Decoding, **how: Any) -> dict[str, int]:
         """Writes the completions of one chunk of questions in one language."""
-        self.load(task.policy)
+        self._begin(task.ticket, task.policy)
         rows = complete(self.generator, task.read(), decoding, **how)
         tokens = sum(len(row["token_ids"]) for row in rows)
         return _put(task, Completion, rows, tokens=tokens, unreadable=sum(row["answer"] is None for row in rows))
 
     def predict(self, task: ChunkTask, **how: Any) -> dict[str, int]:
         """Writes the greedy answers to one chunk of questions in one language."""
-        self.load(task.policy)
+        self._begin(task.ticket, task.policy)
         rows = predict(self.generator, task.read(), **how)
         rows += [unanswered(question, task.policy.name) for question in task.left_out()]
         return _put(task, Prediction, rows, unreadable=sum(row["answer"] is None for row in rows))
 
     def score(self, task: ChunkTask, form: CandidateForm) -> dict[str, int]:
         """Writes how likely the policy finds the candidates of one chunk in one language."""
-        self.load(task.policy)
+        self._begin(task.ticket, task.policy)
         rows = task.read()
         if form.settings.form != "samples":  # samples come as candidate sets
             rows = [form.of(question, self.generator.tokenizer) for question in rows]
         return _put(task, Scored, score(self.generator, rows, with_prompt=form.settings.score == "mean_full"))
 
-    def write(self, messages: list[str], max_new_tokens: int, policy: Policy) -> list[str]:
+    def write(self, messages: list[str], max_new_tokens: int, policy: Policy, ticket: int) -> list[str]:
         """The model's greedy reply to each message, for translators; nothing to one that is too long to be read."""
-        self.load(policy)
+        self._begin(ticket, policy)
         prompts = [encode_prompt(self.generator.tokenizer, message) for message in messages]
         fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < self.generator.context_tokens]
         greedy = Decoding(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=max_new_tokens)

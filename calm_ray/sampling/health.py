@@ -39,6 +39,8 @@ class Pulse:
         self._steps: dict[int, int] = {}
         self._signs: dict[int, float] = {}
         self._starts: dict[int, int] = {}
+        self._begun: set[int] = set()
+        self._is_night = False
 
     def started(self, engine: int) -> None:
         """An engine's process begins."""
@@ -50,6 +52,20 @@ class Pulse:
         if not at_work or steps != self._steps.get(engine):
             self._signs[engine] = time.monotonic()
         self._steps[engine] = steps
+
+    def begins(self, ticket: int) -> None:
+        """An engine begins with what was given out with this ticket."""
+        self._begun.add(ticket)
+
+    def has_begun(self, ticket: int) -> bool:
+        return ticket in self._begun
+
+    def set_night(self, is_night: bool) -> None:
+        """Engines sleep; those that start meanwhile wait until the GPUs are theirs again."""
+        self._is_night = is_night
+
+    def is_night(self) -> bool:
+        return self._is_night
 
     def silence(self) -> dict[int, float]:
         """Seconds since the last sign of life of each engine that has begun."""

@@ -24,7 +24,10 @@ class Leash:
 
     @property
     def all_alive(self) -> bool:
-        return all(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in self._processes)
+        try:
+            return all(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in self._processes)
+        except psutil.NoSuchProcess:
+            return False
 
 
 def end(children: list[str]) -> None:

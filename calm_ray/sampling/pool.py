@@ -6,13 +6,14 @@ started again by Ray, elsewhere if need be, and serves only after it has taken t
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -83,7 +84,11 @@ class EnginePool:
         self._said = time.monotonic()
         # By name: an engine that is started again must not depend on a reference that may be lost meanwhile.
         self._pulse_name = f"pulse-{uuid.uuid4().hex}"
-        options = {"num_cpus": 0, "name": self._pulse_name, "scheduling_strategy": on_this_node()}
+        options = {
+            "num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "name": self._pulse_name,
+            "scheduling_strategy": on_this_node(),
+        }  # fmt: skip
+        self._tickets = itertools.count(1)
         self._pulse = ray.remote(Pulse).options(**options).remote()
         try:
             for number, home in enumerate(spec.engines.homes(languages), start=1):
@@ -132,6 +137,7 @@ class EnginePool:
         while not work.is_done:
             for member in self._with(Health.HEALTHY):
                 if member.call is None and (task := work.next(member.home)) is not None:
+                    task = replace(task, ticket=next(self._tickets))
                     member.calls(getattr(member.actor, method).remote(task, **how), task)
             yield from self._turn(work)
 
@@ -195,7 +201,9 @@ class EnginePool:
         member.call = member.task = None
         member.deaths += 1
         found = len(work.bad)
-        if task is not None and work.died(task, why):
+        if task is not None and not ray.get(self._pulse.has_begun.remote(task.ticket)):
+            work.not_begun(task)  # it was dead already
+        elif task is not None and work.died(task, why):
             member.deaths -= 1
         if len(work.bad) > found:
             bad = work.bad[-1]
@@ -210,10 +218,12 @@ class EnginePool:
         if kill:
             ray.kill(member.actor, no_restart=False)
         member.becomes(Health.RESTARTING)
+        member.since = time.monotonic()
         member.starts = ray.get(self._pulse.starts.remote()).get(member.number, 0)
 
     def _retire(self, member: Member, why: object) -> None:
         member.becomes(Health.RETIRED)
+        member.call = member.task = None
         ray.kill(member.actor)
         left = len(self.members) - len(self._with(Health.RETIRED))
         self._say(f"{member.name} died {member.deaths} times without finishing anything and is given up; {left} left")
@@ -226,11 +236,14 @@ class EnginePool:
     def _look_after(self, work: Dispatcher) -> None:
         """Ends engines that hang; says what is waited for where none can work."""
         silence, starts = ray.get([self._pulse.silence.remote(), self._pulse.starts.remote()])
+        now, settings = time.monotonic(), self._settings
         for member in self._with(Health.RESTARTING):
-            if starts.get(member.number, 0) - member.starts > self._settings.max_restarts:
+            tries = starts.get(member.number, 0) - member.starts
+            if tries > settings.max_restarts:
                 member.becomes(Health.DEAD)
                 self._retire(member, "it does not come up")
-        now, settings = time.monotonic(), self._settings
+            elif tries and member.call is not None and now - member.since > settings.chunk_seconds:
+                self._hangs(member, work, f"not started after {settings.chunk_seconds:g} s")
         for member in self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE):
             silent = silence.get(member.number, 0.0)
             if member.call is not None and now - member.since > settings.chunk_seconds:
@@ -257,10 +270,12 @@ class EnginePool:
     @contextmanager
     def asleep(self) -> Iterator[None]:
         """The engines give back their GPUs' memory meanwhile (`placement: colocate`)."""
+        ray.get(self._pulse.set_night.remote(True))
         self._tell_all("sleep")
         try:
             yield
         finally:
+            ray.get(self._pulse.set_night.remote(False))
             self._tell_all("wake")
 
     def _tell_all(self, method: str) -> None:
@@ -273,8 +288,8 @@ class EnginePool:
     @property
     def writers(self) -> Writers:
         """The engines as writers of texts, for Ray Data's tasks and for translators."""
-        actors = [member.actor for member in self.members if member.health is not Health.RETIRED]
-        return Writers(actors, self.policy, self._settings.chunk_seconds)
+        actors = [member.actor for member in self._with(Health.HEALTHY)]
+        return Writers(actors, self.policy, self._pulse, self._settings.chunk_seconds)
 
     @property
     def starts(self) -> int:

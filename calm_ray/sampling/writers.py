@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from calm_ray.errors import CalmRayError
 from calm_ray.policies import Policy
 
+RETRY_SECONDS = 1.0
 TRIES = 2
 """Engines that may die under some messages before these are tried in halves."""
 
@@ -40,34 +43,42 @@ class Writers:
     engines: list[ActorHandle[Any]]
     policy: Policy
     """By whom."""
+    pulse: ActorHandle[Any]
+    """Where engines note what they have begun."""
     seconds: float
-    """An engine that takes longer for its part is taken for dead."""
+    """An engine that takes longer for its part is taken for dead; all of them, where none writes for so long."""
 
     def __call__(self, messages: Sequence[str], max_new_tokens: int) -> list[str]:
         """The policy's greedy reply to each message; an empty one where engines die of it.
 
-        Raises CalmRayError where the engines cannot be started again.
+        Raises CalmRayError where no engine can write any more.
         """
         replies = [""] * len(messages)
         count = len(self.engines)
         parts = deque(_Part(tuple(range(number, len(messages), count))) for number in range(count))
-        turn = 0
+        turn, last_begun = 0, time.monotonic()
         while parts:
             given = []
             for _ in range(min(count, len(parts))):
-                part, engine = parts.popleft(), self.engines[turn % count]
+                part, engine, ticket = parts.popleft(), self.engines[turn % count], uuid.uuid4().int >> 65
                 turn += 1
                 asked = [messages[number] for number in part.numbers]
-                given.append((part, engine, engine.write.remote(asked, max_new_tokens, self.policy)))
-            for part, engine, call in given:
+                given.append((part, engine, ticket, engine.write.remote(asked, max_new_tokens, self.policy, ticket)))
+            for part, engine, ticket, call in given:
                 try:
-                    written = ray.get(call, timeout=self.seconds)
+                    for number, reply in zip(part.numbers, ray.get(call, timeout=self.seconds), strict=True):
+                        replies[number] = reply
+                    last_begun = time.monotonic()
                 except RayError as error:
                     self._end(engine, error)
-                    parts.extend(part.again())
-                    continue
-                for number, reply in zip(part.numbers, written, strict=True):
-                    replies[number] = reply
+                    if ray.get(self.pulse.has_begun.remote(ticket)):
+                        parts.extend(part.again())
+                        last_begun = time.monotonic()
+                    else:  # the engine is just being started again
+                        parts.append(part)
+                        time.sleep(RETRY_SECONDS)
+            if time.monotonic() - last_begun > self.seconds:
+                raise CalmRayError(f"no engine has written anything for {self.seconds:g} s; the same command goes on")
         return replies
 
     def _end(self, engine: ActorHandle[Any], error: RayError) -> None:

@@ -73,9 +73,13 @@ def test_too_many_bad_prompts_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_engines_that_die_of_everything_are_blamed_themselves(tmp_path: Path) -> None:
-    work = Dispatcher(tasks_of(tmp_path, chunks=4, questions=8), most_bad=100)
+    noted: list[int] = []
+    work = Dispatcher(
+        tasks_of(tmp_path, chunks=4, questions=8), most_bad=100, on_bad=lambda bad: noted.append(len(bad))
+    )
     with pytest.raises(CalmRayError, match="engines end whatever they are given: 3 prompts in a row"):
         work_off(work, {f"q{i}" for i in range(32)})
+    assert noted == [1, 2, 3, 0]  # no prompt is to blame
 
 
 def try_all(work: Dispatcher, most: int) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from calm_ray.changes import earliest
+from calm_ray.changes import earliest, invalid_stages
 from calm_ray.errors import CalmRayError, InputError
 from calm_ray.policies import BaseModel, Policy, fetch, publish, require_safetensors
 from calm_ray.recipes import load_config
@@ -114,8 +114,34 @@ def test_what_an_interrupted_overwrite_left_is_never_gone_on_with(tmp_path: Path
     run = started(tmp_path)
     run.stage(1, "sample").finish({})
     (tmp_path / "run" / "config.json.tmp-12345678").write_text("{")  # killed while writing it
-    run.storage.delete("config.json")  # the first thing that an overwrite deletes
+    run.storage.write_json("deleting.json", {})  # what an overwrite does first
+    run.storage.delete("config.json")
     assert not started(tmp_path).stage(1, "sample").is_finished
+
+
+def test_a_run_without_its_configuration_is_not_deleted_by_the_way(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.stage(1, "sample").finish({})
+    run.storage.delete("config.json")  # by hand, or a copy that broke off
+    with pytest.raises(InputError, match=r"without its config\.json"):
+        run.check(CONFIG, overwrite=False)
+    run.check(CONFIG, overwrite=True)
+
+
+def test_what_was_found_out_under_the_old_configuration_is_forgotten(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path), "run")
+    run.begin({"engines": {"dtype": "bfloat16"}}, {}, overwrite=False)
+    run.storage.write("bad_prompts.parquet", b"")
+    run.stage(0, "evaluate").finish({})
+    run.begin({"engines": {"dtype": "float32"}}, {}, overwrite=False)
+    assert not run.storage.exists("bad_prompts.parquet")
+    assert run.stages() == []
+
+
+def test_the_optimal_policy_of_the_start_depends_on_gamma() -> None:
+    there = [(0, "evaluate"), (0, "optimal"), (1, "pairs")]
+    assert invalid_stages("pairs", there) == [(0, "optimal"), (1, "pairs")]
+    assert invalid_stages("train", there) == []
 
 
 def test_a_run_keeps_the_model_it_started_from(tmp_path: Path) -> None:

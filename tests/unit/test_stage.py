@@ -80,7 +80,8 @@ def run_with(folder: Path, *stages: tuple[int, str]) -> RunDir:
 
 @pytest.mark.parametrize("how", ["cut", "gone", "a bit"])
 def test_only_what_is_damaged_is_made_again(tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run = run_with(tmp_path, (1, "sample"), (1, "train"))
+    run = run_with(tmp_path, (1, "sample"))
+    trained(run, 1)
     sample = run.stage(1, "sample")
     before = {name: sample.storage.read(name) for name in ("00000-en.parquet", "00002-en.parquet")}
     damage(tmp_path / "run/rounds/1/sample", how)
@@ -140,7 +141,8 @@ def trained(run: RunDir, number: int) -> Policy:
     stage.storage.write("policy/adapter_model.safetensors", b"weights of round %d" % number)
     stage.storage.write("metrics.json", b"[]")
     policy = Policy(f"r{number:04d}-abcdefgh", number, "adapter", stage.storage.uri("policy"), "abc")
-    stage.finish({"policy": policy.as_json()}, ["policy/adapter_model.safetensors", "metrics.json"])
+    stage.storage.write_json("policy.json", policy.as_json())
+    stage.finish({"policy": policy.as_json()}, ["policy/adapter_model.safetensors", "metrics.json", "policy.json"])
     return policy
 
 
@@ -154,6 +156,7 @@ def test_a_lost_policy_is_trained_again_unless_a_later_round_went_on_from_it(
         file.write_bytes(file.read_bytes()[:5])
     mend(run)
     assert not run.stage(2, "train").is_finished
+    assert not run.stage(2, "train").storage.exists("policy.json")  # else it would seem to have been trained
     assert run.stage(1, "train").record["policy"]["name"] == first.name
     assert f"policy {first.name} is lost; round 2 has gone on from it" in capsys.readouterr().out
 
@@ -166,9 +169,34 @@ def test_what_led_to_a_policy_is_not_needed_any_more(tmp_path: Path) -> None:
     assert run.stage(1, "train").is_finished
 
 
+def test_a_torn_file_of_a_training_that_had_only_begun_is_forgotten(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+    stage = stage_of(tmp_path / "run/rounds/1/train", finished=False)
+    damage(tmp_path / "run/rounds/1/train", "cut")
+    mend(run)
+    assert stage.chunks() == {"00000-en", "00002-en"}
+
+
+def test_a_training_that_had_begun_on_lost_pairs_begins_again(tmp_path: Path) -> None:
+    run = run_with(tmp_path, (1, "pairs"), (2, "pairs"))
+    stage_of(tmp_path / "run/rounds/1/train", finished=False)
+    ended = trained(run, 2)
+    for number in (1, 2):
+        damage(tmp_path / f"run/rounds/{number}/pairs", "cut")
+    mend(run)
+    assert not run.storage.exists("rounds/1/train")
+    assert run.stage(2, "train").record["policy"]["name"] == ended.name
+
+
+def written_by(stage: Stage, policy: str) -> None:
+    stage.write("00000-en", pa.table({"policy": [policy]}))
+
+
 def test_another_policy_after_all_makes_what_came_after_invalid(tmp_path: Path) -> None:
-    run = run_with(tmp_path, (0, "evaluate"), (1, "pairs"), (1, "evaluate"), (2, "sample"))
-    assert run.forget_after_training(1, "base") == []  # the same again
+    run = run_with(tmp_path, (0, "evaluate"), (1, "pairs"))
+    for number, name in ((1, "evaluate"), (2, "sample")):
+        written_by(run.stage(number, name), "r0001-first")  # neither is finished
+    assert run.forget_after_training(1, "r0001-first") == []  # the same again
     assert run.forget_after_training(1, "r0001-other") == ["rounds/1/evaluate", "rounds/2/sample"]
     assert run.stages() == [(0, "evaluate"), (1, "pairs")]
 
@@ -185,8 +213,12 @@ def test_bad_prompts_are_known_where_the_same_questions_are_asked(tmp_path: Path
     run = RunDir(str(tmp_path), "run")
     bad, questions = BadPrompts(run.storage), run.questions("align")
     assert bad.known(questions) == set()
-    bad.add(questions, run.stage(1, "sample"), [Blamed("q7", "fr", "00000", "it died")])
-    bad.add(questions, run.stage(2, "sample"), [Blamed("q8", "en", "00001", "it hung")])
+    note = bad.noting(questions, run.stage(1, "sample"))
+    note([Blamed("q7", "fr", "00000", "it died")])
+    note = bad.noting(questions, run.stage(2, "sample"))
+    note([Blamed("q8", "en", "00001", "it hung"), Blamed("q9", "en", "00001", "so did that")])
+    assert len(bad.known(questions)) == 3
+    note([Blamed("q8", "en", "00001", "it hung")])  # the other one was none after all
     assert bad.known(questions) == {("q7", "fr"), ("q8", "en")}
     assert bad.known(run.questions("evaluate")) == set()
     assert json.loads(json.dumps(run.storage.read_table("bad_prompts.parquet").to_pylist()[0])) == {
