@@ -28,7 +28,8 @@ test: install
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 chaos: install
-	@MOMENTS=$(or $(MOMENTS),1) $(VENV)/bin/python -m pytest tests/chaos -m 'chaos or not chaos' $(ARGS)
+	@MOMENTS=$(or $(MOMENTS),1) $(VENV)/bin/python -m pytest tests/chaos tests/unit/test_lock.py \
+		tests/cluster/test_lock_in_cluster.py tests/unit/test_fuzz.py -m 'chaos or not chaos' $(ARGS)
 
 lint: install
 	@$(VENV)/bin/ruff check .

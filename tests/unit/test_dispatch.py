@@ -113,3 +113,14 @@ def test_known_bad_prompts_are_left_out_in_their_language(tmp_path: Path) -> Non
     assert [row["question_id"] for row in en.read()] == ["q0", "q1", "q2"]
     assert [row["question_id"] for row in fr.read()] == ["q0", "q2"]
     assert [row["question_id"] for row in fr.left_out()] == ["q1"]
+
+
+def test_an_engine_that_was_dead_already_blames_nobody(tmp_path: Path) -> None:
+    """However many idle engines were lost with their machine before the last chunk was given to one."""
+    work = Dispatcher(tasks_of(tmp_path, chunks=1, questions=3), most_bad=0)
+    for _ in range(10):
+        task = work.next(None)
+        assert task is not None
+        assert task.only is None
+        work.not_begun(task)
+    assert work_off(work, set()) == (["q0", "q1", "q2"], 0)
