@@ -27,10 +27,11 @@ from calm_ray.rundir import RunDir
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.complete import encode_prompt
 from calm_ray.sampling.dispatch import Dispatcher
-from calm_ray.sampling.engine import EngineSpec, engine_args, set_environment
 from calm_ray.sampling.generator import Decoding
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.sampling.prompts import prompt_text
+from calm_ray.sampling.spec import EngineSpec
+from calm_ray.sampling.vllm_generator import engine_args, set_environment
 from calm_ray.sections import Engines
 from calm_ray.seeds import derive_seed
 from calm_ray.stage import Stage

@@ -107,8 +107,8 @@ def _run_all(contenders: Sequence[Contender], overwrite: bool) -> None:
     from calm_ray.mending import mend
     from calm_ray.planning.needs import Needs, needs_of
     from calm_ray.progress import say
-    from calm_ray.sampling.engine import engine_spec
     from calm_ray.sampling.pool import EnginePool
+    from calm_ray.sampling.spec import engine_spec
 
     for one in contenders:
         one.run.check(one.settings, overwrite, may_be_finished=True)

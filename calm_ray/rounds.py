@@ -15,8 +15,8 @@ from calm_ray.preferences.gamma import check_gamma
 from calm_ray.progress import say
 from calm_ray.questions.into_run import take_questions
 from calm_ray.rundir import RunDir
-from calm_ray.sampling.engine import engine_spec
 from calm_ray.sampling.pool import EnginePool
+from calm_ray.sampling.spec import engine_spec
 from calm_ray.stages import Stages
 from calm_ray.start import check_start, start_policy
 from calm_ray.summary import summarise

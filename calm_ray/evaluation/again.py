@@ -15,8 +15,8 @@ from calm_ray.opened import open_run
 from calm_ray.planning.needs import needs_of
 from calm_ray.progress import console, say
 from calm_ray.questions.reader import take_in, write_chunks
-from calm_ray.sampling.engine import engine_spec
 from calm_ray.sampling.pool import EnginePool
+from calm_ray.sampling.spec import engine_spec
 from calm_ray.stage import Stage
 from calm_ray.stages import Stages
 from calm_ray.summary import evaluation_table

@@ -7,13 +7,12 @@ started again by Ray, elsewhere if need be, and serves only after it has taken t
 from __future__ import annotations
 
 import itertools
-import re
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -27,47 +26,11 @@ from calm_ray.errors import CalmRayError
 from calm_ray.policies import Policy
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.dispatch import Dispatcher
-from calm_ray.sampling.engine import Engine, EngineSpec
-from calm_ray.sampling.health import NEXT, Health, Pulse
+from calm_ray.sampling.engine import Engine
+from calm_ray.sampling.health import Health, Pulse
+from calm_ray.sampling.member import POLL_SECONDS, Member, reason_of, remote_traceback
+from calm_ray.sampling.spec import EngineSpec
 from calm_ray.sampling.writers import Writers
-
-POLL_SECONDS = 1.0
-
-
-@dataclass
-class Member:
-    """An engine of the pool, as the driver sees it."""
-
-    number: int
-    home: str | None
-    """Its home language; None where engines are shared."""
-    actor: ActorHandle[Any]
-    health: Health = Health.RESTARTING
-    call: ray.ObjectRef[Any] | None = None
-    """What it is doing: starting, taking a policy, or a chunk."""
-    since: float = 0.0
-    task: ChunkTask | None = None
-    has_run: bool = False
-    starts: int = 0
-    """How often it had been started when it last died."""
-    deaths: int = 0
-    """Since it last finished something."""
-
-    @property
-    def name(self) -> str:
-        return f"engine {self.number}" + (f" ({self.home})" if self.home else "")
-
-    @property
-    def is_rested(self) -> bool:
-        """Whether its last call is some time ago: one that is not up yet says so at once."""
-        return time.monotonic() - self.since > POLL_SECONDS
-
-    def becomes(self, health: Health) -> None:
-        assert health in NEXT[self.health], f"{self.name}: {self.health} to {health}"
-        self.health = health
-
-    def calls(self, call: ray.ObjectRef[Any], task: ChunkTask | None = None) -> None:
-        self.call, self.task, self.since = call, task, time.monotonic()
 
 
 class EnginePool:
@@ -190,8 +153,8 @@ class EnginePool:
             return  # not yet
         is_lost = isinstance(error, RayActorError) and error.actor_init_failed
         if is_lost and not member.has_run:
-            raise CalmRayError(f"{member.name} did not start: {_reason(error)}\n{_remote_traceback(error)}") from error
-        self._end(member, task, work, _reason(error), kill=not isinstance(error, RayActorError))
+            raise CalmRayError(f"{member.name} did not start: {reason_of(error)}\n{remote_traceback(error)}") from error
+        self._end(member, task, work, reason_of(error), kill=not isinstance(error, RayActorError))
         if is_lost and member.health is Health.RESTARTING:  # Ray does not start such a one again
             member.actor = self._create(member.number, member.home)
 
@@ -283,7 +246,7 @@ class EnginePool:
             try:
                 ray.get(getattr(member.actor, method).remote(), timeout=self._settings.silent_seconds)
             except RayError as error:
-                self._end(member, None, Dispatcher([], 0), _reason(error), kill=True)
+                self._end(member, None, Dispatcher([], 0), reason_of(error), kill=True)
 
     @property
     def writers(self) -> Writers:
@@ -312,17 +275,3 @@ class EnginePool:
             remove_placement_group(group)
         ray.kill(self._pulse)
         self.members, self._groups = [], {}
-
-
-def _reason(error: Exception) -> str:
-    """Why a call failed, in one line: of a remote traceback the last one."""
-    if isinstance(error, RayActorError) and not error.actor_init_failed:
-        return "its machine is taken back" if error.preempted else "its process or its machine is gone"
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    last = lines[-1] if lines else type(error).__name__
-    return re.sub(r"^calm_ray\.errors\.\w+: ", "", last)
-
-
-def _remote_traceback(error: Exception) -> str:
-    """What a person needs to find out why vLLM did not start; of our own errors the message says it all."""
-    return "" if "calm_ray.errors." in str(error) else str(error)

@@ -133,7 +133,8 @@ def test_a_driver_that_is_killed_in_every_stage(undisturbed: RunDir, recipe: Pat
     assert left_over(killed, 300) == []  # Ray's own agents look only now and then whether their node still lives
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.chaos)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(
     undisturbed: RunDir, recipe: Path, storage: Path, end: signal.Signals
 ) -> None:

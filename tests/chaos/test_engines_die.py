@@ -21,10 +21,10 @@ from calm_ray.rows import rows_of
 from calm_ray.rundir import RunDir
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.dispatch import Dispatcher
-from calm_ray.sampling.engine import EngineSpec
 from calm_ray.sampling.generator import Decoding
 from calm_ray.sampling.health import Health
 from calm_ray.sampling.pool import EnginePool
+from calm_ray.sampling.spec import EngineSpec
 from calm_ray.sections import Engines, Lora
 from calm_ray.stage import Stage
 

@@ -18,6 +18,8 @@ from calm_ray.rundir import RunDir
 from calm_ray.sampling.complete import encode_prompt
 from calm_ray.sampling.prompts import prompt_text
 
+pytestmark = pytest.mark.chaos
+
 
 @pytest.fixture
 def poisoned(cache: Path, babbler: Path) -> Iterator[Callable[..., None]]:
@@ -72,7 +74,6 @@ def test_a_prompt_that_ends_every_engine_is_isolated_and_the_run_completes(
     assert set(run.summary["rounds"][1]["accuracy"]) == set(LANGUAGES)
 
 
-@pytest.mark.chaos
 def test_more_bad_prompts_than_are_allowed_stop_the_run(
     ray_8_cpus: None, poisoned: Callable[..., None], question_files: tuple[Path, Path],
     make_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -88,8 +89,8 @@ def test_more_bad_prompts_than_are_allowed_stop_the_run(
     ("how", "limits", "said"),
     [
         ("sleep", {"silent_seconds": 10}, "no sign of life for"),
-        pytest.param("sleep", {"chunk_seconds": 20}, "not done after 20 s", marks=pytest.mark.chaos),
-        pytest.param("stop", {"silent_seconds": 10}, "no sign of life for", marks=pytest.mark.chaos),
+        ("sleep", {"chunk_seconds": 20}, "not done after 20 s"),
+        ("stop", {"silent_seconds": 10}, "no sign of life for"),
     ],
     ids=["no progress", "chunk deadline", "stopped process"],
 )

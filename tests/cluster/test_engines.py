@@ -20,10 +20,11 @@ from calm_ray.rows import Question, rows_of
 from calm_ray.rundir import RunDir
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.dispatch import Dispatcher
-from calm_ray.sampling.engine import EngineActor, EngineSpec
+from calm_ray.sampling.engine import EngineActor
 from calm_ray.sampling.generator import Decoding
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.sampling.prompts import prompt_text
+from calm_ray.sampling.spec import EngineSpec
 from calm_ray.sections import Engines, Lora
 from calm_ray.stage import Stage
 

@@ -10,8 +10,8 @@ import ray
 import torch
 
 from calm_ray.policies import BaseModel, Policy
-from calm_ray.sampling.engine import EngineSpec
 from calm_ray.sampling.pool import EnginePool
+from calm_ray.sampling.spec import EngineSpec
 from calm_ray.sections import Engines
 from calm_ray.testing import word_tokenizer, write_tiny_model
 

@@ -1,0 +1,67 @@
+"""One engine of the pool, as the driver sees it."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from calm_ray.sampling.chunks import ChunkTask
+from calm_ray.sampling.health import NEXT, Health
+
+POLL_SECONDS = 1.0
+
+
+@dataclass
+class Member:
+    """An engine of the pool, as the driver sees it."""
+
+    number: int
+    home: str | None
+    """Its home language; None where engines are shared."""
+    actor: ActorHandle[Any]
+    health: Health = Health.RESTARTING
+    call: ray.ObjectRef[Any] | None = None
+    """What it is doing: starting, taking a policy, or a chunk."""
+    since: float = 0.0
+    task: ChunkTask | None = None
+    has_run: bool = False
+    starts: int = 0
+    """How often it had been started when it last died."""
+    deaths: int = 0
+    """Since it last finished something."""
+
+    @property
+    def name(self) -> str:
+        return f"engine {self.number}" + (f" ({self.home})" if self.home else "")
+
+    @property
+    def is_rested(self) -> bool:
+        """Whether its last call is some time ago: one that is not up yet says so at once."""
+        return time.monotonic() - self.since > POLL_SECONDS
+
+    def becomes(self, health: Health) -> None:
+        assert health in NEXT[self.health], f"{self.name}: {self.health} to {health}"
+        self.health = health
+
+    def calls(self, call: ray.ObjectRef[Any], task: ChunkTask | None = None) -> None:
+        self.call, self.task, self.since = call, task, time.monotonic()
+
+
+def reason_of(error: Exception) -> str:
+    """Why a call failed, in one line: of a remote traceback the last one."""
+    if isinstance(error, RayActorError) and not error.actor_init_failed:
+        return "its machine is taken back" if error.preempted else "its process or its machine is gone"
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    last = lines[-1] if lines else type(error).__name__
+    return re.sub(r"^calm_ray\.errors\.\w+: ", "", last)
+
+
+def remote_traceback(error: Exception) -> str:
+    """What a person needs to find out why vLLM did not start; of our own errors the message says it all."""
+    return "" if "calm_ray.errors." in str(error) else str(error)

@@ -1,0 +1,43 @@
+"""What an engine actor is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calm_ray.config import Config
+from calm_ray.policies import BaseModel
+from calm_ray.sections import Engines, Lora
+
+ENGINE_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine actor is started with."""
+
+    model: BaseModel
+    engines: Engines
+    lora: Lora | None
+    device: str
+    seed: int
+    is_colocated: bool = False
+    """Shares its GPUs with training workers, and sleeps while they work."""
+
+    @property
+    def gpu_share(self) -> float:
+        """Of each of its GPUs, for Ray's bookkeeping: more than half, so that no two engines share one."""
+        return ENGINE_SHARE if self.is_colocated else 1.0
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What one engine takes on one node."""
+        size = self.engines.tensor_parallel_size
+        if self.device == "cpu":
+            return {"CPU": self.engines.cpus}
+        return {"CPU": self.engines.cpus if size == 1 else float(size), "GPU": size * self.gpu_share}
+
+
+def engine_spec(config: Config, model: BaseModel) -> EngineSpec:
+    """The engines of a run."""
+    is_colocated = config.placement == "colocate" and config.device == "gpu"
+    return EngineSpec(model, config.engines, config.train.lora, config.device, config.seed, is_colocated)

@@ -1,0 +1,214 @@
+"""A `Generator` on a vLLM engine in this process: the one module that knows vLLM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from calm_ray.policies import Policy, require_safetensors
+from calm_ray.rows import BASE_POLICY
+from calm_ray.sampling.generator import Decoding, Generated, Likelihoods
+from calm_ray.sampling.spec import EngineSpec
+
+
+class VLLMGenerator:
+    """A `Generator` on a vLLM engine in this process."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        set_environment(spec)
+        from vllm import LLM
+
+        self._spec = spec
+        self._folder = spec.model.local_folder()
+        require_safetensors(self._folder)
+        self._llm = LLM(**engine_args(spec, self._folder))
+        self._adapter: Any = None
+        self.policy = BASE_POLICY
+        self.steps = 0
+        """Steps that the engine has computed: it lives as long as they grow."""
+        self.is_at_work = False
+        self.is_asleep = False
+        self._count_steps()
+
+    def _count_steps(self) -> None:
+        step = self._llm.llm_engine.step
+
+        def counted() -> Any:
+            self.steps += 1
+            return step()
+
+        self._llm.llm_engine.step = counted
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._llm.get_tokenizer()
+
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        return int(self._llm.model_config.max_model_len)
+
+    def load(self, policy: Policy) -> None:
+        """Takes a policy into the running engine, as an adapter or as merged weights, and forgets the one before."""
+        if policy.name == self.policy:
+            return
+        if self._spec.engines.refresh == "adapter":
+            self._swap_adapter(policy)
+        else:
+            self._reload_weights(policy)
+        self.policy = policy.name
+
+    def _swap_adapter(self, policy: Policy) -> None:
+        from vllm.lora.request import LoRARequest
+
+        if self._adapter is not None:
+            self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
+        self._adapter = None
+        if policy.kind == "adapter":
+            folder = policy.local_folder()
+            require_safetensors(folder)
+            # A name that holds the weights' hash: vLLM's prefix cache can never serve another adapter.
+            self._adapter = LoRARequest(policy.name, policy.round + 1, str(folder))
+            self._llm.llm_engine.add_lora(self._adapter)
+
+    def _reload_weights(self, policy: Policy) -> None:
+        from calm_ray.training.merging import forget_merged, merged_folder
+
+        folder = merged_folder(self._spec.model, policy)
+        require_safetensors(folder)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        # What is cached was computed by the weights of before.
+        self._llm.reset_prefix_cache()
+        forget_merged(self.policy)
+
+    def generate(self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]) -> list[list[Generated]]:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                n=decoding.samples,
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                max_tokens=decoding.max_new_tokens,
+                seed=seed,
+            )
+            for seed in seeds
+        ]
+        return [
+            [Generated(one.text, list(one.token_ids), str(one.finish_reason)) for one in output.outputs]
+            for output in self._generate(prompts, params)
+        ]
+
+    def score(
+        self, prompts: Sequence[list[int]], candidates: Sequence[list[list[int]]], *, with_prompt: bool
+    ) -> list[Likelihoods]:
+        jobs = list(zip(prompts, candidates, strict=True))
+        by_label = [not with_prompt and _are_labels(sides) for sides in candidates]
+        labels = iter(self._score_labels([job for job, is_label in zip(jobs, by_label, strict=True) if is_label]))
+        texts = iter(self._score_texts([job for job, is_label in zip(jobs, by_label, strict=True) if not is_label]))
+        found = [next(labels) if is_label else next(texts) for is_label in by_label]
+        return found if with_prompt else [Likelihoods(one.logps) for one in found]
+
+    def _score_labels(self, jobs: Sequence[tuple[list[int], list[list[int]]]]) -> Iterator[Likelihoods]:
+        """Candidates of one token each: one request for each prompt, whose next token's probabilities say it all."""
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=[side[0] for side in sides])
+            for _, sides in jobs
+        ]
+        for (_, sides), output in zip(jobs, self._generate([prompt for prompt, _ in jobs], params), strict=True):
+            found = output.outputs[0].logprobs[0]
+            yield Likelihoods([found[side[0]].logprob for side in sides])
+
+    def _score_texts(self, jobs: Sequence[tuple[list[int], list[list[int]]]]) -> Iterator[Likelihoods]:
+        """Candidates of any length: one request for prompt and candidate together, whose own tokens are scored."""
+        from vllm import SamplingParams
+
+        whole = [prompt + side for prompt, sides in jobs for side in sides]
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        outputs = iter(zip(whole, self._generate(whole, params), strict=True))
+        for prompt, sides in jobs:
+            logps, before = [], 0.0
+            for _ in sides:
+                tokens, output = next(outputs)
+                each = [at[token].logprob for token, at in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
+                before = sum(each[: len(prompt) - 1])
+                logps.append(sum(each[len(prompt) - 1 :]))
+            yield Likelihoods(logps, before)
+
+    def _generate(self, prompts: Sequence[list[int]], params: Any) -> list[Any]:
+        from vllm.inputs import TokensPrompt
+
+        if not prompts:  # a language may lack all questions of a chunk
+            return []
+        assert not self.is_asleep
+        requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        self.is_at_work = True
+        try:
+            return self._llm.generate(requests, params, lora_request=self._adapter, use_tqdm=False)
+        finally:
+            self.is_at_work = False
+
+    def sleep(self) -> None:
+        """Gives back the GPU's memory: the weights wait in the host's; CPUs have nothing to give back."""
+        if self._spec.device == "gpu":
+            self._llm.sleep(level=1)
+        self.is_asleep = True
+
+    def wake(self) -> None:
+        if self._spec.device == "gpu" and self.is_asleep:
+            self._llm.wake_up()
+        self.is_asleep = False
+
+
+MOST_LABELS = 128
+"""The tokens whose log-probability vLLM gives in one request."""
+
+
+def _are_labels(sides: Sequence[list[int]]) -> bool:
+    return len(sides) <= MOST_LABELS and all(len(side) == 1 for side in sides)
+
+
+def set_environment(spec: EngineSpec) -> None:
+    """What vLLM reads from the environment when it is imported."""
+    # In the actor's own process nothing outlives the actor; a child is kept on a leash.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(spec.engines.process == "child"))
+    if spec.is_colocated:
+        os.environ["VLLM_RAY_PER_WORKER_GPUS"] = str(spec.gpu_share)
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if spec.device == "cpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        # Several engines share a machine's cores; left to itself, each would pin the same ones.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`."""
+    args: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": spec.engines.dtype,
+        "tensor_parallel_size": spec.engines.tensor_parallel_size,
+        "trust_remote_code": False,
+        "load_format": "safetensors",
+        "seed": spec.seed,
+        "disable_log_stats": True,
+    }
+    if spec.device == "cpu":
+        # vLLM 0.32 rewinds a seeded request's generator where a prompt is prefilled in parts; on CPUs that is an error.
+        args |= {"enforce_eager": True, "enable_chunked_prefill": False}
+    elif spec.is_colocated:
+        args["enable_sleep_mode"] = True
+    if spec.engines.tensor_parallel_size > 1:
+        args["distributed_executor_backend"] = "ray"  # into the placement group that this actor sits in
+    if spec.lora is not None and spec.engines.refresh == "adapter":
+        args |= {"enable_lora": True, "max_lora_rank": spec.lora.r, "max_loras": 1, "max_cpu_loras": 2}
+        # Layers that no adapter of the run touches stay as they are. It also keeps vLLM 0.32's adapter for the language
+        # model's head out of the way, which scores prompts as if each were one token.
+        args["lora_target_modules"] = list(spec.lora.targets)
+    return args | spec.engines.args
