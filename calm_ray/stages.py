@@ -160,9 +160,10 @@ class Stages:
 
     def _trained(self, stage: Stage) -> Policy | None:
         """The policy of a training that had ended when the driver died."""
-        if not stage.storage.exists("policy.json"):
+        try:
+            policy = Policy(**stage.storage.read_json("policy.json"))
+        except (FileNotFoundError, ValueError, TypeError):
             return None
-        policy = Policy(**stage.storage.read_json("policy.json"))
         return policy if stage.storage.hash_folder("policy") == policy.sha256 else None
 
     def _train_job(self, number: int, start: Policy) -> TrainJob:

@@ -39,6 +39,7 @@ class Pulse:
         self._steps: dict[int, int] = {}
         self._signs: dict[int, float] = {}
         self._starts: dict[int, int] = {}
+        self._began: dict[int, float] = {}
         self._begun: set[int] = set()
         self._is_night = False
 
@@ -46,7 +47,7 @@ class Pulse:
         """An engine's process begins."""
         self._starts[engine] = self._starts.get(engine, 0) + 1
         self._steps[engine] = -1
-        self._signs[engine] = time.monotonic()
+        self._signs[engine] = self._began[engine] = time.monotonic()
 
     def beat(self, engine: int, steps: int, at_work: bool) -> None:
         if not at_work or steps != self._steps.get(engine):
@@ -71,6 +72,11 @@ class Pulse:
         """Seconds since the last sign of life of each engine that has begun."""
         now = time.monotonic()
         return {engine: now - sign for engine, sign in self._signs.items()}
+
+    def ages(self) -> dict[int, float]:
+        """Seconds since the process of each engine began."""
+        now = time.monotonic()
+        return {engine: now - began for engine, began in self._began.items()}
 
     def starts(self) -> dict[int, int]:
         """How often each engine was started."""

@@ -31,6 +31,7 @@ class Member:
     since: float = 0.0
     task: ChunkTask | None = None
     has_run: bool = False
+    """Whether it has ever come up."""
     starts: int = 0
     """How often it had been started when it last died."""
     deaths: int = 0

@@ -152,7 +152,7 @@ class EnginePool:
         if member.health is Health.RESTARTING and isinstance(error, ActorUnavailableError):
             return  # not yet
         is_lost = isinstance(error, RayActorError) and error.actor_init_failed
-        if is_lost and not member.has_run:
+        if is_lost and not any(one.has_run for one in self.members):
             raise CalmRayError(f"{member.name} did not start: {reason_of(error)}\n{remote_traceback(error)}") from error
         self._end(member, task, work, reason_of(error), kill=not isinstance(error, RayActorError))
         if is_lost and member.health is Health.RESTARTING:  # Ray does not start such a one again
@@ -198,14 +198,15 @@ class EnginePool:
 
     def _look_after(self, work: Dispatcher) -> None:
         """Ends engines that hang; says what is waited for where none can work."""
-        silence, starts = ray.get([self._pulse.silence.remote(), self._pulse.starts.remote()])
+        signs = [self._pulse.silence, self._pulse.starts, self._pulse.ages]
+        silence, starts, ages = ray.get([sign.remote() for sign in signs])
         now, settings = time.monotonic(), self._settings
         for member in self._with(Health.RESTARTING):
             tries = starts.get(member.number, 0) - member.starts
-            if tries > settings.max_restarts:
+            if tries > settings.max_restarts + 1:
                 member.becomes(Health.DEAD)
                 self._retire(member, "it does not come up")
-            elif tries and member.call is not None and now - member.since > settings.chunk_seconds:
+            elif tries and ages[member.number] > settings.chunk_seconds:
                 self._hangs(member, work, f"not started after {settings.chunk_seconds:g} s")
         for member in self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE):
             silent = silence.get(member.number, 0.0)
