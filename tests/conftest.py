@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest_plugins = ["small_runs"]
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """`@pytest.mark.gpu(n)`: skipped where there are fewer GPUs."""

@@ -1,4 +1,7 @@
-"""Fixtures of tests/cluster and tests/chaos: real Ray on this machine, small real models."""
+"""Fixtures of tests/cluster and tests/chaos: real Ray on this machine, small real models.
+
+Whatever is heavy is imported where it is used: tests/unit loads this too.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-import torch
 import yaml
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from calm_ray.policies import Policy, publish
 from calm_ray.rundir import RunDir
 from calm_ray.sections import Lora
 from calm_ray.world.generator import build_world, world_questions
-from calm_ray.world.pretraining import pretrain
 
 LANGUAGES = ["en", "fr"]
 MOMENTS = int(os.environ.get("MOMENTS", "1"))
 """At how many moments, drawn by seed, something is killed (tests/chaos)."""
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache folder of the tests' own, for all their processes."""
     with pytest.MonkeyPatch.context() as patch:
@@ -38,6 +36,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that answers in the right form, and mostly wrong: a demo model that went to school for seconds."""
+    from calm_ray.world.pretraining import pretrain
+
     folder = tmp_path_factory.mktemp("babbler")
     pretrain(build_world(100), folder, [(150, {"question": 24})])
     return folder
@@ -91,6 +91,8 @@ def make_recipe(
 @pytest.fixture(scope="session")
 def ray_8_cpus(cache: Path) -> Iterator[None]:
     """More logical CPUs than the machine may have, so that nothing waits for another test's actors."""
+    import ray
+
     os.environ.setdefault("RAY_AUTH_TOKEN", "a" * 64)  # else Ray leaves one in the user's home
     os.environ["PYTHONPATH"] = str(Path(__file__).parent / "chaos")  # for engines that load its logits processor
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -101,6 +103,10 @@ def ray_8_cpus(cache: Path) -> Iterator[None]:
 
 def make_adapter(model: Path, folder: Path, storage_of: RunDir, round_number: int, lora: Lora) -> Policy:
     """An adapter with weights large enough to change what the model says."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(round_number)
     base = AutoModelForCausalLM.from_pretrained(model)
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")

@@ -1,3 +1,8 @@
-from small_runs import babbler, cache, make_recipe, question_files, ray_8_cpus
+from pathlib import Path
 
-__all__ = ["babbler", "cache", "make_recipe", "question_files", "ray_8_cpus"]
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(cache: Path) -> None:
+    """Whatever runs here keeps its models and policies in the tests' own cache."""
