@@ -219,6 +219,15 @@ def test_an_owner_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.Monkey
             time.sleep(0.01)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as a program has it by default: scripts may ignore it, and the libraries of other tests take it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("taken", [True, False])
 def test_who_lost_the_lock_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool) -> None:
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
