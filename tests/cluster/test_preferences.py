@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from calm_ray.policies import BaseModel
+from calm_ray.policies import BaseModel, Policy
 from calm_ray.preferences.pairs import carry_over, draft_pairs, finish_pairs
 from calm_ray.preferences.pipeline import PreferenceJob
 from calm_ray.preferences.voting import ballots_of, elect, vote_rows
@@ -18,7 +18,9 @@ from calm_ray.questions.reader import write_chunks
 from calm_ray.ray_data import count_over, over_chunks
 from calm_ray.rows import Completion, Question, rows_of, table
 from calm_ray.sampling.complete import encode_prompt
+from calm_ray.sampling.health import Pulse
 from calm_ray.sampling.prompts import LETTERS, prompt_text
+from calm_ray.sampling.writers import Writers
 from calm_ray.sections import Preferences
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage
@@ -57,6 +59,10 @@ def completion(world: World, question: Question, sample: int, letter: str, promp
     )  # fmt: skip
 
 
+def writers_of(engines: list[Any]) -> Writers:
+    return Writers(engines, Policy(), pulse=ray.remote(num_cpus=0)(Pulse).remote(), seconds=60)
+
+
 def make_job(folder: Path, model: Path, questions: list[Question], **changes: Any) -> PreferenceJob:
     """A job on questions and on completions drawn at random, the same for the same question."""
 
@@ -66,7 +72,7 @@ def make_job(folder: Path, model: Path, questions: list[Question], **changes: An
     job = PreferenceJob(
         questions=stage("questions"), completions=stage("sample"), votes=stage("votes"), pairs=stage("pairs"),
         languages=LANGUAGES, preferences=Preferences(translator="world"), instruction=False,
-        model=BaseModel(str(model)), seed=0, round_number=1, world_seed=100, engines=[], max_new_tokens=48,
+        model=BaseModel(str(model)), seed=0, round_number=1, world_seed=100, writers=writers_of([]), max_new_tokens=48,
     )  # fmt: skip
     write_chunks(questions, job.questions, prompts_per_chunk=8)
     world, tokenizer = build_world(100), build_tokenizer(build_world(100))
@@ -142,7 +148,7 @@ def start_writers(count: int) -> list[Any]:
     """Actors that stand where engines do and translate by a rule: into French they never can."""
 
     class Writer:
-        def write(self, messages: list[str], max_new_tokens: int) -> list[str]:
+        def write(self, messages: list[str], max_new_tokens: int, policy: Policy, ticket: int) -> list[str]:
             return [self._one(message) for message in messages]
 
         def _one(self, message: str) -> str:
@@ -157,8 +163,9 @@ def start_writers(count: int) -> list[Any]:
 def test_the_model_translates_through_the_engines_and_is_checked(
     tmp_path: Path, model: Path, questions: list[Question]
 ) -> None:
-    writers = start_writers(2)
-    job = make_job(tmp_path, model, questions, preferences=Preferences(translator="model"), engines=writers)
+    actors = start_writers(2)
+    how = Preferences(translator="model")
+    job = make_job(tmp_path, model, questions, preferences=how, writers=writers_of(actors))
     run(job)
     wanted, carried = (
         [row for row in pairs if row["chosen_language"] != row["language"]]
@@ -169,8 +176,8 @@ def test_the_model_translates_through_the_engines_and_is_checked(
     for row in carried:
         assert row["chosen"] == f"{'Answer' if row['language'] == 'en' else 'Ответ'}: {row['chosen_answer']}"
         assert row["chosen_token_ids"][-1] == 1
-    for writer in writers:
-        ray.kill(writer)
+    for actor in actors:
+        ray.kill(actor)
 
 
 def exact_pairs(folder: Path, model: Path, questions: list[Question]) -> list[Any]:
