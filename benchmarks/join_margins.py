@@ -125,12 +125,13 @@ def plain_rates(work: Work) -> tuple[float, float]:
     return count / (joined - in_memory), count / (time.perf_counter() - started)
 
 
-def plain_join(rows: Sequence[Row]) -> list[Row]:
+def plain_join(rows: Sequence[Row]) -> list[Pair]:
     """One pair of each question in every language, with its target margin: the other languages' margins, added up."""
     by_question: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_question.setdefault(row["question_id"], {})[row["language"]] = row
-    rng, pairs = random.Random(0), []
+    rng = random.Random(0)
+    pairs: list[Pair] = []
     for languages in by_question.values():
         count = len(languages[LANGUAGES[0]]["texts"])
         chosen, rejected = rng.choice([one for pair in combinations(range(count), 2) for one in (pair, pair[::-1])])

@@ -16,6 +16,7 @@ import os
 import random
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import ray
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -31,7 +32,7 @@ from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round
 
 LANGUAGES = ["cn", "de", "en", "fr", "it", "ja"]
-ENGINES = {"packed": "fsdp", "padded": "trl"}
+ENGINES: dict[str, Literal["fsdp", "trl"]] = {"packed": "fsdp", "padded": "trl"}
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def to_pair(number: int, texts: tuple[str, str, str], tokenizer: PreTrainedToken
         round=1, question_id=str(number), pair=0, language="en", prompt=prompt, chosen=chosen, rejected=rejected,
         prompt_token_ids=tokenizer.encode(prompt), chosen_token_ids=tokenizer.encode(chosen) + eos,
         rejected_token_ids=tokenizer.encode(rejected) + eos, chosen_answer="A", rejected_answer="B",
-        chosen_language="en", policy="base",
+        chosen_language="en", policy="base", target_margin=None,
     )  # fmt: skip
 
 
@@ -105,13 +106,15 @@ def describe(rows: list[Pair], pairs_per_forward: int) -> None:
     print(f"padding in a padded batch: {1 - sum(lengths) / padded:.0%}")
 
 
-def train(engine: str, model: Path, pairs: Stage, output: Stage, batch_pairs: int, workers: int) -> float:
+def train(
+    engine: Literal["fsdp", "trl"], model: Path, pairs: Stage, output: Stage, batch_pairs: int, workers: int
+) -> float:
     """Trains one epoch; returns the seconds of its steps."""
     settings = Train(
         engine=engine, learning_rate=1e-5, warmup_share=0.1, epochs=1, batch_pairs=batch_pairs, validation_share=0,
         dtype="float32", workers=workers, lora=Lora(), max_pair_tokens=512,
-    )  # type: ignore[arg-type]  # fmt: skip
-    job = TrainJob(pairs, output, BaseModel(str(model)), Policy(), Policy(), settings, "calm", 0, 1)
+    )  # fmt: skip
+    job = TrainJob(pairs, output, BaseModel(str(model)), Policy(), Policy(), settings, "dpo", 0, 1)
     metrics: list[dict[str, float]] = []
     train_round(job, "cpu", metrics.append)
     steps = [row["seconds"] for row in metrics if "seconds" in row]

@@ -87,7 +87,7 @@ def pairs_stage(folder: Path, count: int = 48) -> Stage:
     return stage
 
 
-def tiny_model(folder: Path, **shape: int) -> Path:
+def tiny_model(folder: Path, **shape: Any) -> Path:
     """A model of random weights that knows the tokens of `token_pair`."""
     return write_tiny_model(folder, word_tokenizer([f"w{i}" for i in range(90)]), **shape)
 

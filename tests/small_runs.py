@@ -1,4 +1,4 @@
-"""Fixtures of tests/cluster and tests/chaos: real Ray on this machine, small real models.
+"""Fixtures, for the most part of tests/cluster and tests/chaos: real Ray on this machine, small real models.
 
 Whatever is heavy is imported where it is used: tests/unit loads this too.
 """
@@ -24,9 +24,9 @@ MOMENTS = int(os.environ.get("MOMENTS", "1"))
 """At how many moments, drawn by seed, something is killed (tests/chaos)."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder of the tests' own, for all their processes."""
+    """Models and policies are kept in a folder of the tests' own, by all their processes."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("CALM_RAY_CACHE", str(folder))

@@ -124,11 +124,12 @@ def scoring_engine() -> type[EngineActor]:
     """An engine that also tells the log-probabilities of given tokens; a local class, so that Ray ships it whole."""
 
     class ScoringEngine(EngineActor):
-        def score(self, tokens: list[int]) -> list[float]:
+        def logps(self, tokens: list[int]) -> list[float]:
             from vllm import SamplingParams
             from vllm.inputs import TokensPrompt
 
             generator = self._generator
+            assert generator is not None
             params = SamplingParams(max_tokens=1, prompt_logprobs=0)
             (output,) = generator._llm.generate(
                 [TokensPrompt(prompt_token_ids=tokens)], params, lora_request=generator._adapter, use_tqdm=False
@@ -141,7 +142,8 @@ def scoring_engine() -> type[EngineActor]:
 def what_it_says(model: Path, question: Question) -> list[int]:
     """The tokens of a question and of the model's own answer to it."""
     prompt = AutoTokenizer.from_pretrained(model)(prompt_text(question, False), return_tensors="pt")
-    whole = AutoModelForCausalLM.from_pretrained(model).generate(**prompt, max_new_tokens=40, do_sample=False)
+    speaker: Any = AutoModelForCausalLM.from_pretrained(model)
+    whole = speaker.generate(**prompt, max_new_tokens=40, do_sample=False)
     return whole[0].tolist()
 
 
@@ -166,11 +168,11 @@ def test_refreshed_engines_and_peft_give_the_same_log_probabilities(
 ) -> None:
     engine = ray.remote(num_cpus=0.5)(scoring_engine()).remote(spec(babbler, shared=1, dtype=dtype, refresh=refresh))
     tokens = what_it_says(babbler, read_questions(str(question_files[0]), LANGUAGES)[0])
-    base = torch.tensor(ray.get(engine.score.remote(tokens)))
+    base = torch.tensor(ray.get(engine.logps.remote(tokens)))
     for number in (3, 4):
         policy = make_adapter(babbler, tmp_path / str(number), run, number, LORA)
         ray.get(engine.load.remote(policy))
-        engine_logps = torch.tensor(ray.get(engine.score.remote(tokens)))
+        engine_logps = torch.tensor(ray.get(engine.logps.remote(tokens)))
         expected = peft_logps(babbler, tmp_path / str(number), tokens)
         differences = (engine_logps - expected).abs()
         difference = differences.mean()

@@ -126,7 +126,7 @@ def test_the_pipeline_writes_what_the_pure_functions_make(
 
 def test_no_gold_answer_reaches_the_pairs(tmp_path: Path, model: Path, questions: list[Question]) -> None:
     def with_gold(gold: str | None) -> list[Question]:
-        return [Question(**{**row, "gold": gold}) for row in questions]  # type: ignore[typeddict-item]
+        return [Question(**{**row, "gold": gold}) for row in questions]
 
     jobs = [
         make_job(tmp_path / str(gold), model, rows)

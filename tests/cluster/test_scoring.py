@@ -65,6 +65,7 @@ def scoring_engine() -> type[EngineActor]:
     class ScoringEngine(EngineActor):
         def likelihoods(self, jobs: list[Job], with_prompt: bool) -> list[Likelihoods]:
             prompts, candidates = [prompt for prompt, _ in jobs], [sides for _, sides in jobs]
+            assert self._generator is not None
             return self._generator.score(prompts, candidates, with_prompt=with_prompt)
 
     return ScoringEngine

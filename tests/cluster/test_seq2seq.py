@@ -84,7 +84,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
     )
-    config = T5Config(
+    config = T5Config(  # type: ignore[call-arg]
         vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=1, num_decoder_layers=1, num_heads=4,
         dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
     )  # fmt: skip
@@ -102,7 +102,7 @@ def nllb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of NLLB's kind, with its tokenizer, that reads lines of up to 40 tokens."""
     folder = tmp_path_factory.mktemp("nllb")
     vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "▁": 4}
-    merges = []
+    merges: Any = []
     for word in (word for words in WORDS.values() for word in words):
         for end in range(len(word)):
             vocabulary.setdefault(word[end], len(vocabulary))
@@ -171,7 +171,7 @@ def test_questions_are_translated_by_actors_once(folder: Path, tmp_path: Path) -
     files = list(tmp_path.rglob("*.parquet"))
     assert len(files) == 4  # of 64 and 36 questions, in two languages
     # Again, with one question more: only that is new.
-    more = [*asked, Question(**{**asked[0], "question_id": "more", "text": "the bear"})]  # type: ignore[typeddict-item]
+    more = [*asked, Question(**{**asked[0], "question_id": "more", "text": "the bear"})]
     rows, report = translate_missing(more, ["en", "fr", "de"], translator(folder, cpus=0.5), cache)
     assert rows[:300] == wanted
     assert rows[301]["text"] == "le ours"
@@ -247,11 +247,11 @@ def sentence_pieces(folder: Path, words: Iterable[str]) -> str:
     return str(folder / "pieces.model")
 
 
-def marian(folder: Path, tags: list[str], **languages: str) -> Any:
+def marian(folder: Path, tags: list[str], **languages: Any) -> Any:
     pieces = sentence_pieces(folder, WORDS["en"])
     names = ["</s>", "<unk>", *tags, "▁the", "<pad>"]
     (folder / "vocab.json").write_text("{" + ", ".join(f'"{name}": {i}' for i, name in enumerate(names)) + "}")
-    return MarianTokenizer(pieces, pieces, str(folder / "vocab.json"), **languages)  # type: ignore[no-untyped-call]
+    return MarianTokenizer(pieces, pieces, str(folder / "vocab.json"), **languages)
 
 
 def test_every_kind_of_model_is_told_its_languages(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_an_m2m100_that_was_written_and_read_is_told_its_languages(tmp_path: Pat
     pieces = sentence_pieces(tmp_path, WORDS["en"])
     (tmp_path / "vocab.json").write_text('{"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "▁the": 4}')
     codes = [f"__{code}__" for code in ("en", "fr", "de")]
-    tokenizer = M2M100Tokenizer(str(tmp_path / "vocab.json"), pieces, additional_special_tokens=codes)  # type: ignore[no-untyped-call]
+    tokenizer = M2M100Tokenizer(str(tmp_path / "vocab.json"), pieces, additional_special_tokens=codes)
     tokenizer.save_pretrained(tmp_path / "saved")
     read = M2M100Tokenizer.from_pretrained(tmp_path / "saved")
     for one in (tokenizer, read):
@@ -291,7 +291,7 @@ def test_a_run_asks_a_monolingual_file_in_all_its_languages(
 ) -> None:
     """Three of the questions were in French already. A second run asks the translator nothing."""
     rows = questions(12)
-    given = [Question(**{**row, "language": "fr", "text": "le poisson"}) for row in rows[:3]]  # type: ignore[typeddict-item]
+    given = [Question(**{**row, "language": "fr", "text": "le poisson"}) for row in rows[:3]]
     file = tmp_path / "align.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, *given]))
     recipe = make_recipe(

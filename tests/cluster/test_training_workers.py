@@ -14,6 +14,7 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from transformers import AutoModelForCausalLM
 
+from calm_ray.config import Objective
 from calm_ray.errors import CalmRayError
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.rows import rows_of
@@ -38,7 +39,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 
 def train(
-    model: Path, pairs: Stage, output: Path, start: Policy | None = None, objective: str = "dpo", **changes: Any
+    model: Path, pairs: Stage, output: Path, start: Policy | None = None, objective: Objective = "dpo", **changes: Any
 ) -> tuple[Policy, list[dict[str, Any]]]:
     """Trains one round; returns its policy and the metrics that reached the driver."""
     settings = {
@@ -107,7 +108,7 @@ def test_all_weights_and_sft(model: Path, pairs: Stage, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["ipo"]])
 def test_trl_trains_the_same_pairs(model: Path, pairs: Stage, tmp_path: Path, loss_type: list[str]) -> None:
-    changes = {"workers": 2, "validation_share": 0.0, "epochs": 1}
+    changes: dict[str, Any] = {"workers": 2, "validation_share": 0.0, "epochs": 1}
     policy, metrics = train(model, pairs, tmp_path / "trl", engine="trl", trl={"loss_type": loss_type}, **changes)
     first = curve(metrics)[0]
     if loss_type == ["sigmoid"]:

@@ -57,7 +57,8 @@ def gradients(policy_model: PolicyModel, rows: list[Example]) -> tuple[torch.Ten
 def test_flash_attention_over_packed_sequences_is_eager_attention_over_each(model: Path) -> None:
     rows = examples(8)
     logps, _ = gradients(loaded(model, attention="varlen"), rows)
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").cuda()
+    reference: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    reference.to(torch.device("cuda"))
     expected = []
     for prompt, side in (sequence for row in rows for sequence in row.sequences(chosen_only=False)):
         with torch.no_grad():

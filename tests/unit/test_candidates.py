@@ -137,7 +137,7 @@ def test_a_beginning_of_sequence_is_the_prompts_alone(adds: bool, before: list[s
     tokenizer = with_bos(byte_tokenizer(), adds=adds)
     bare = byte_tokenizer()
     found = candidates(question(choices=2), "letters", tokenizer)
-    bos = tokenizer.convert_tokens_to_ids(before)
+    bos = [tokenizer.convert_tokens_to_ids(token) for token in before]
     assert found["prompt_token_ids"] == [*bos, *bare.encode(found["prompt"])]
     assert found["token_ids"] == [bare.encode(" A"), bare.encode(" B")]
 

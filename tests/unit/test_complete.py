@@ -27,11 +27,11 @@ def test_letters_beyond_the_questions_choices_are_no_answers() -> None:
 
 
 def test_seeds_depend_on_the_question_not_on_its_place() -> None:
-    seen: list[dict[str, int]] = []
+    seen: list[dict[tuple[int, ...], int]] = []
 
     class Recorder(ScriptedGenerator):
         def generate(self, prompts, decoding, seeds):  # type: ignore[no-untyped-def]
-            seen.append(dict(zip(map(tuple, prompts), seeds, strict=True)))
+            seen.append(dict(zip((tuple(prompt) for prompt in prompts), seeds, strict=True)))
             return super().generate(prompts, decoding, seeds)
 
     tokenizer = word_tokenizer([*WORDS, "fr", "q2?"])

@@ -40,7 +40,7 @@ def keys_of(section: type[Section]) -> Iterator[str]:
 
 
 KEYS = [*keys_of(Config), *(f"{section}.{name}" for section in ("engines.args", "train.trl") for name in "abcd")]
-ODD = st.sampled_from(
+ODD: st.SearchStrategy[Any] = st.sampled_from(
     [
         None, True, False, 0, -1, 1, 2**63, -(2**63), 10**400, 0.5, float("nan"), float("inf"), 1e308, "", " ", "\0",
         "a\nb", "..", "../x", "~nobody-at-all/x", "x" * 5_000, "en", "fr", "world", "s3://a:b@c/d", "hub:../x",

@@ -178,7 +178,7 @@ def test_sets_are_scored_as_they_are() -> None:
     english, _ = score(generator, sets, with_prompt=True)
     assert english["policy"] == "r0002-abcd"
     assert {key: english[key] for key in sets[0]} == sets[0]  # type: ignore[literal-required]
-    sides = [TOKENIZER.decode(side) for side in english["token_ids"]]
+    sides = [str(TOKENIZER.decode(side)) for side in english["token_ids"]]
     assert english["logps"] == [-len("Question q1?" + side) for side in sides]
     assert english["prompt_logp"] == -len("Question" + "q1?")
     assert score(ScriptedGenerator(TOKENIZER, lambda *_: ""), sets, with_prompt=False)[0]["prompt_logp"] is None

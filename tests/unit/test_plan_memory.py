@@ -136,7 +136,7 @@ def test_a_layer_keeps_what_torch_says_it_keeps(lora: Lora | None, dtype: Any) -
 def _kept(train: Train, layers: int, tokens: int = 64) -> float:
     """Bytes for each token that a small Llama keeps for its backward pass, weights aside."""
     attention.register()
-    config = LlamaConfig(
+    config = LlamaConfig(  # type: ignore[call-arg]
         vocab_size=256, hidden_size=128, intermediate_size=448, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, attn_implementation=attention.VARLEN,
     )  # fmt: skip

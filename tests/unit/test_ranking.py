@@ -29,8 +29,8 @@ def scores_of_rankings(rankings: Rankings) -> Floats:
 
 
 def mean_rankc(first: Rankings, second: Rankings, kind: Weights = "softmax") -> float:
-    ranks = [ranks_of(scores_of_rankings(rankings)) for rankings in (first, second)]
-    return float(rankc(*ranks, np.array([len(ranking) for ranking in first]), kind).mean())
+    one, other = (ranks_of(scores_of_rankings(rankings)) for rankings in (first, second))
+    return float(rankc(one, other, np.array([len(ranking) for ranking in first]), kind).mean())
 
 
 def by_definition(first: Sequence[int], second: Sequence[int], kind: Weights) -> float:

@@ -104,7 +104,7 @@ def test_letters_beyond_a_questions_options_do_not_vote(tmp_path: Path) -> None:
     path = write(tmp_path, en=[record("EEEB", "en", options=4)], fr=[record("BAEE", "fr", options=4)])
     chunks, _ = opened(path, work=tmp_path)
     for preset in ("strict", "released"):
-        _, report = pairs_of(chunks, Preferences(preset=preset))  # type: ignore[arg-type]
+        _, report = pairs_of(chunks, Preferences(preset=preset))
         assert report["unreadable_samples"] == 5 / 8
         assert report["vote_accuracy"] == 1.0
 
@@ -303,7 +303,7 @@ def test_gold_answers_change_no_pair(tmp_path: Path) -> None:
     for gold in ("A", "D"):
         path = write(tmp_path, en=[record("BBA", "en", gold=gold)], fr=[record("CAB", "fr", gold=gold)])
         chunks, _ = opened(path, work=tmp_path / gold)
-        made.append([pairs_of(chunks, Preferences(preset=preset))[0] for preset in ("strict", "released")])  # type: ignore[arg-type]
+        made.append([pairs_of(chunks, Preferences(preset=preset))[0] for preset in ("strict", "released")])
     assert made[0] == made[1]
     assert made[0][0]
 

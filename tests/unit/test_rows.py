@@ -10,7 +10,7 @@ def test_rows_travel_through_arrow_unchanged() -> None:
         question_id="q", counts={"A": 3}, winner=None, agreement=1.0, tied=True, by_language={"en": "A", "fr": None}
     )
     judged = scored([-1.5, -2.0], right=1, prompt_logp=-3.25)
-    candidates = {name: judged[name] for name in rows.CandidateSet.__annotations__}
+    candidates = {name: value for name, value in judged.items() if name in rows.CandidateSet.__annotations__}
     for kind, row in [
         (rows.Vote, vote), (rows.Question, question()), (rows.Completion, completion(None)), (rows.Scored, judged),
         (rows.Scored, scored([])), (rows.CandidateSet, candidates), (rows.CandidateSet, {**candidates, "right": None}),

@@ -146,7 +146,7 @@ def test_the_optimal_policy_of_the_start_depends_on_gamma() -> None:
 
 def test_a_run_keeps_the_model_it_started_from(tmp_path: Path) -> None:
     run = started(tmp_path)
-    assert run.model is None
+    assert not run.storage.exists("model.json")
     first = run.share_model(BaseModel("world-0", sha256="abc"), adapter(tmp_path / "model"))
     assert run.model == first
     assert first.location == run.storage.uri("model")

@@ -60,9 +60,12 @@ def put(**values: Any) -> Callable[[Path], None]:
 
 
 def write(name: str, content: str | bytes) -> Callable[[Path], None]:
-    return lambda folder: (
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode()) and None
-    )
+    """Writes a file as it stands."""
+
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
 
 
 def index(weights: Any) -> Callable[[Path], None]:

@@ -16,14 +16,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from calm_ray.config import Objective
 from calm_ray.policies import BaseModel, Policy, publish
 from calm_ray.sections import Lora, Train
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 from calm_ray.training.batches import Example, PackedBatch, pack
-from calm_ray.training.loop import Trainer, TrainJob, means
+from calm_ray.training.loop import Trainer, TrainJob
 from calm_ray.training.model import PolicyModel
+from calm_ray.training.step_metrics import means
 
 CPU = torch.device("cpu")
 LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj"])
@@ -73,7 +75,7 @@ def by_hand(folder: Path, rows: list[Example]) -> torch.Tensor:
     return torch.tensor(found)
 
 
-def trainer_of(model: PolicyModel, folder: Path, storage: Path, train: Train, objective: str = "dpo") -> Trainer:
+def trainer_of(model: PolicyModel, folder: Path, storage: Path, train: Train, objective: Objective = "dpo") -> Trainer:
     stage = Stage(Storage(str(storage)))
     job = TrainJob(stage, stage, BaseModel(str(folder)), Policy(), Policy(), train, objective, 0, 1)
     return Trainer(job, model, lambda row: None)
@@ -208,10 +210,10 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 def trls_trainer(folder: Path, rows: list[Example], beta: float, output: Path) -> DPOTrainer:
     """TRL's trainer on the same pairs as text, with a new adapter; its reference is the adapter switched off."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    columns = {"prompt": [row.prompt for row in rows], "chosen": [row.chosen[:-1] for row in rows]}
+    columns: dict[str, Any] = {"prompt": [row.prompt for row in rows], "chosen": [row.chosen[:-1] for row in rows]}
     columns["rejected"] = [row.rejected[:-1] for row in rows]
     space = {"prompt": "", "chosen": " ", "rejected": " "}
-    texts = {name: [space[name] + tokenizer.decode(ids) for ids in column] for name, column in columns.items()}
+    texts = {name: [space[name] + str(tokenizer.decode(ids)) for ids in column] for name, column in columns.items()}
     arguments = DPOConfig(
         output_dir=str(output), beta=beta, per_device_train_batch_size=len(rows),
         use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True,
@@ -248,7 +250,7 @@ def test_loss_and_gradients_are_trls(folder: Path, tmp_path: Path, monkeypatch: 
     assert loss == pytest.approx(their_loss.item(), rel=1e-4)
     assert loss != pytest.approx(0.6931, rel=1e-3)
     for name, parameter in ours.adapter_parameters():
-        mine, other = parameter.grad.full_tensor(), adapter[name].grad
+        mine, other = parameter.grad.full_tensor(), adapter[name].grad  # type: ignore[union-attr]
         assert torch.linalg.norm(mine - other) <= 1e-4 * torch.linalg.norm(other)
 
 

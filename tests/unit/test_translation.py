@@ -206,7 +206,7 @@ def test_what_changed_is_asked_again_and_nothing_else(tmp_path: Path) -> None:
 
 def test_questions_of_the_same_words_are_asked_once(tmp_path: Path) -> None:
     write = Dictionary()
-    twin = Question(**{**english(1), "question_id": "twin"})  # type: ignore[typeddict-item]
+    twin = Question(**{**english(1), "question_id": "twin"})
     rows, report = translate_missing([english(1), twin], ["fr"], by_dictionary(write), storage(tmp_path))
     assert len(write.asked) == 1
     assert rows[0]["text"] == rows[2]["text"]

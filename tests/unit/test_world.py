@@ -52,7 +52,7 @@ def test_questions_are_parallel_and_the_held_out_ones_are_about_other_towns(worl
     assert len(held_out) == (TOWNS - ALIGNED_TOWNS) * len(topics()) * len(world_languages())
     towns = [{row["question_id"].split("-")[1] for row in part} for part in (aligned, held_out)]
     assert not towns[0] & towns[1]
-    gold = {}
+    gold: dict[str, str | None] = {}
     for row in aligned + held_out:
         assert gold.setdefault(row["question_id"], row["gold"]) == row["gold"]
         assert len(set(row["choices"])) == 4
