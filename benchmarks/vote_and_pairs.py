@@ -6,15 +6,15 @@ peer is one process with lists and dictionaries, as the released script is, on r
 translations are left out. calm_ray reads chunks of Parquet and hands over the pairs as Arrow tables, on Ray Data. Each
 is measured three times, the median counts; start-up does not.
 
-    CALM_RAY_DATA=... python benchmarks/vote_and_pairs.py [millions of completions, default 1 10]
+    CALM_RAY_DATA=... python benchmarks/vote_and_pairs.py
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -156,7 +156,9 @@ def calm_rate(chunks: RecordedChunks) -> tuple[float, Counter[str]]:
 
 
 def main() -> None:
-    millions = [float(word) for word in sys.argv[1:]] or [1.0, 10.0]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("millions", type=float, nargs="*", default=[1.0, 10.0], help="of completions")
+    millions = parser.parse_args().millions
     samples = Path(os.environ["CALM_RAY_DATA"]) / "calm_xcsqa" / "samples"
     runs = [plain_rate(samples) for _ in range(TURNS)]
     plain, pairs_of_one = median(rate for rate, _ in runs), runs[0][1]
