@@ -7,8 +7,10 @@ import multiprocessing
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from calm_ray.policies import BaseModel, Policy
 from calm_ray.sections import Train
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage
+from calm_ray.training import workers
 from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round
 
@@ -210,24 +213,32 @@ def test_a_drained_node_leaves_a_checkpoint(inputs: Path, tmp_path: Path, apart:
     apart(train_on_a_drained_node, inputs, tmp_path)
 
 
+class Worlds:
+    """Collects what is reported, and how many workers wrote each checkpoint."""
+
+    def __init__(self, output: Path, watch: Watch) -> None:
+        self._output, self._watch = output, watch
+        self.sizes: list[int] = []
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        self._watch(row)
+        for step in whole_steps(self._output)[-1:]:
+            try:
+                written = json.loads((self._output / f"checkpoints/{step:08d}/checkpoint.json").read_text())
+            except FileNotFoundError:  # there is a newer one by now
+                continue
+            self.sizes.append(written["workers"])
+
+
 def train_on_fewer_nodes(inputs: Path, output: Path) -> None:
     cluster = start_cluster()
     nodes = [add_place(cluster) for _ in range(2)]
     watch = Watch(7, lambda: cluster.remove_node(nodes[1], allow_graceful=False))
-    worlds: list[int] = []
-
-    def report(row: dict[str, Any]) -> None:
-        watch(row)
-        for step in whole_steps(output)[-1:]:
-            try:
-                worlds.append(json.loads((output / f"checkpoints/{step:08d}/checkpoint.json").read_text())["workers"])
-            except FileNotFoundError:  # there is a newer one by now
-                continue
-
-    train_round(job_of(inputs, output, workers=(1, 2)), "cpu", report)
+    worlds = Worlds(output, watch)
+    train_round(job_of(inputs, output, workers=(1, 2)), "cpu", worlds)
     assert len(watch.of("resumed")) == 1
-    assert worlds == sorted(worlds, reverse=True)
-    assert set(worlds) == {1, 2}
+    assert worlds.sizes == sorted(worlds.sizes, reverse=True)
+    assert set(worlds.sizes) == {1, 2}
     assert steps(watch.rows) == steps(metrics(output)) == list(range(1, 121))
     ray.shutdown()
     cluster.shutdown()
@@ -238,3 +249,30 @@ def test_elastic_workers_go_on_with_the_nodes_that_are_left(
     inputs: Path, tmp_path: Path, apart: Callable[..., None]
 ) -> None:
     apart(train_on_fewer_nodes, inputs, tmp_path)
+
+
+def train_on_more_nodes(inputs: Path, output: Path) -> None:
+    workers.RESIZE_SECONDS = 2.0  # in this process alone
+    cluster = start_cluster()
+    add_place(cluster)
+    reached = threading.Event()
+    watch = Watch(7, reached.set)
+    worlds = Worlds(output, watch)
+    job = job_of(inputs, output, workers=(1, 2), batch_pairs=1, epochs=30, checkpoint_steps=20)
+    with ThreadPoolExecutor() as pool:
+        training = pool.submit(train_round, job, "cpu", worlds)
+        while not reached.wait(1):
+            assert not training.done()
+        add_place(cluster)  # only a main thread can start a node
+        training.result()
+    assert len(watch.of("resumed")) == 1
+    assert worlds.sizes == sorted(worlds.sizes)
+    assert set(worlds.sizes) == {1, 2}
+    assert steps(watch.rows) == steps(metrics(output)) == list(range(1, 48 * 30 + 1))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.chaos
+def test_elastic_workers_take_in_a_node_that_comes(inputs: Path, tmp_path: Path, apart: Callable[..., None]) -> None:
+    apart(train_on_more_nodes, inputs, tmp_path)
