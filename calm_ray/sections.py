@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -90,6 +91,10 @@ class Sampling(Section):
     """Questions in one chunk: what an engine is handed, and what is written at once."""
 
 
+MORE_GPUS = re.compile("data_parallel_|(pipeline|prefill_context)_parallel_size$|device_ids$")
+"""Arguments of vLLM by which an engine would take other GPUs than Ray has given it."""
+
+
 class Engines(Section):
     """The vLLM engines, one in each Ray actor."""
 
@@ -138,6 +143,11 @@ class Engines(Section):
         if taken := sorted(owned & self.args.keys()):
             raise ValueError(f"engines.args may not set {', '.join(taken)}: calm_ray sets these itself")
         refuse_engine_args(self.args)
+        if more := sorted(name for name in self.args if MORE_GPUS.match(name)):
+            raise ValueError(
+                f"engines.args may not set {', '.join(more)}: an engine has engines.tensor_parallel_size GPUs; "
+                "for more GPUs raise that, or the number of engines"
+            )
         return self
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import yaml
 
 from calm_ray import plain_yaml
 from calm_ray.errors import InputError
+from calm_ray.planning.needs import ENGINE_PLACE, TRAIN_PLACE
+from calm_ray.safety import local_path
 
 GB, GIB = 10**9, 2**30
 
@@ -58,6 +60,10 @@ class Node:
     """Bytes of the host; None where it is not known, and then not checked."""
     gpu: str | None = None
     """A name of `DEVICES`."""
+    train_places: int | None = None
+    """Training workers that may go there; None where no node of the cluster says so (`TRAIN_PLACE`)."""
+    engine_places: int | None = None
+    """The same for engines (`ENGINE_PLACE`)."""
 
     @property
     def device(self) -> Device:
@@ -106,11 +112,14 @@ def nodes_alike(
 ) -> list[Node]:
     """Nodes that are all the same, memory in GB; what is not given is as in a p4de.24xlarge: eight GPUs of 80 GB.
 
-    With other numbers of GPUs, CPUs and host memory are in proportion. Raises InputError naming what is no number of
-    a machine.
+    A `gpu` brings its own memory. With other numbers of GPUs, CPUs and host memory are in proportion. Raises InputError
+    naming what is no number of a machine.
     """
+    if gpu is not None and gpu not in DEVICES:
+        raise InputError(f"gpu: {gpu!r} is not known; known are {', '.join(DEVICES)}")
     gpus = 8 if gpus is None else gpus
-    gpu_memory = 80 if gpu_memory is None else gpu_memory
+    if gpu_memory is None:
+        gpu_memory = 80 if gpu is None else DEVICES[gpu].memory / GB
     _count(count, "nodes", least=1)
     _count(gpus, "gpus-per-node")
     _positive("gpu-memory", gpu_memory)
@@ -119,8 +128,6 @@ def nodes_alike(
     memory = of_memory * max(gpus, 1) / of_gpus * GIB / GB if memory is None else memory
     _positive("cpus-per-node", cpus)
     _positive("host-memory", memory)
-    if gpu is not None and gpu not in DEVICES:
-        raise InputError(f"gpu: {gpu!r} is not known; known are {', '.join(DEVICES)}")
     each = int(gpu_memory * GB) if gpus else None
     return [Node(f"node {i + 1}", cpus, gpus, each, int(memory * GB), gpu) for i in range(count)]
 
@@ -131,13 +138,15 @@ def this_machine(least_cpus: float) -> list[Node]:
     return [Node("this machine", max(os.cpu_count() or 1, least_cpus), memory=memory)]
 
 
-def _positive(field: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise InputError(f"{field}: must be above 0 (it is {value:g})")
-
-
 MOST_NODES = 4096
 """More machines than this are taken for a slip of the pen."""
+MOST_OF_A_NODE = 10**6
+"""The same of one machine's GB, and of its CPUs."""
+
+
+def _positive(field: str, value: float) -> None:
+    if not 0 < value <= MOST_OF_A_NODE:
+        raise InputError(f"{field}: must be above 0, and {MOST_OF_A_NODE:,} at most (it is {value:g})")
 
 
 def nodes_of_launcher(path: str | Path, gpu_memory: float | None = None) -> list[Node]:
@@ -145,7 +154,7 @@ def nodes_of_launcher(path: str | Path, gpu_memory: float | None = None) -> list
 
     `gpu_memory` (GB) is that of GPUs whose machine's type is not known here. Raises InputError naming the field.
     """
-    raw = _read_launcher(Path(path))
+    raw = _read_launcher(local_path(str(path), "cluster"))
     kinds = raw.get("available_node_types")
     if not isinstance(kinds, dict) or not kinds:
         raise InputError(f"{path}: available_node_types: is missing; name the machines that may be started")
@@ -155,16 +164,32 @@ def nodes_of_launcher(path: str | Path, gpu_memory: float | None = None) -> list
     if gpu_memory is not None:
         _positive("gpu-memory", gpu_memory)
     left = _count(raw.get("max_workers", 2), f"{path}: max_workers")
-    nodes: list[Node] = []
+    ones: list[Node] = []
+    counts: list[int] = []
     for name, kind in kinds.items():
         field = f"{path}: available_node_types.{name}"
         kind = kind if isinstance(kind, dict) else {}
-        count = min(left, _count(kind.get("max_workers", 0 if name == head else left), f"{field}.max_workers"))
-        left -= count
-        one = _node_of_kind(kind, str(name), field, gpu_memory)
-        nodes += [one] * (name == head)
-        nodes += [Node(**{**one.__dict__, "name": f"{name} {i + 1}"}) for i in range(count)]
+        counts.append(min(left, _count(kind.get("max_workers", 0 if name == head else left), f"{field}.max_workers")))
+        left -= counts[-1]
+        ones.append(_node_of_kind(kind, str(name), field, gpu_memory))
+    nodes: list[Node] = []
+    for one, count in zip(_with_places(ones), counts, strict=True):
+        nodes += [one] * (one.name == head)
+        nodes += [replace(one, name=f"{one.name} {i + 1}") for i in range(count)]
     return nodes
+
+
+def _with_places(kinds: list[Node]) -> list[Node]:
+    """Where any kind of machine says how many workers or engines it takes, those that do not say it take none."""
+    train, engine = any(kind.train_places for kind in kinds), any(kind.engine_places for kind in kinds)
+    return [
+        replace(
+            kind,
+            train_places=(kind.train_places or 0) if train else None,
+            engine_places=(kind.engine_places or 0) if engine else None,
+        )
+        for kind in kinds
+    ]
 
 
 def _read_launcher(path: Path) -> dict[str, Any]:
@@ -198,9 +223,10 @@ def _node_of_kind(kind: dict[str, Any], name: str, field: str, gpu_memory: float
     amounts = {key: _amount(resources[key], f"{field}.resources.{key}") for key in resources}
     gpus = int(amounts.get("GPU", known.gpus))
     memory = known.gpu_memory if gpu_memory is None else int(gpu_memory * GB)
+    train, engine = (int(amounts[place]) if place in amounts else None for place in (TRAIN_PLACE, ENGINE_PLACE))
     return Node(
         name, amounts.get("CPU", known.cpus), gpus, memory if gpus else None,
-        int(amounts["memory"]) if "memory" in amounts else known.memory, known.gpu if gpus else None,
+        int(amounts["memory"]) if "memory" in amounts else known.memory, known.gpu if gpus else None, train, engine,
     )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def context_of(config: Config, shape: Shape) -> int:
     """Tokens of a prompt and its answer that the engines take together."""
     if fits_context(config):
         return shape.context
-    return int(_argument(config, "max_model_len", shape.context))
+    return _count(config, "max_model_len", shape.context)
 
 
 def fits_context(config: Config) -> bool:
@@ -82,21 +82,23 @@ def fits_context(config: Config) -> bool:
     return config.engines.args.get("max_model_len") in (-1, "auto")
 
 
-def _argument(config: Config, name: str, default: float) -> float:
-    """A number among the arguments of vLLM. Raises InputError where it is none above 0."""
+def _count(config: Config, name: str, default: int) -> int:
+    """A count among the arguments of vLLM. Raises InputError where it is no whole number above 0."""
     value = config.engines.args.get(name)
     if value is None:
         return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e18:
-        raise InputError(f"engines.args.{name}: must be a number above 0 (it is {value!r})")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 10**18:
+        raise InputError(f"engines.args.{name}: must be a whole number above 0 (it is {value!r})")
     return value
 
 
 def utilization(config: Config) -> float:
-    """The share of a GPU's memory that an engine takes. Raises InputError where it is above 1."""
-    share = _argument(config, "gpu_memory_utilization", UTILIZATION)
-    if share > 1:
-        raise InputError(f"engines.args.gpu_memory_utilization: must be 1 at most (it is {share:g})")
+    """The share of a GPU's memory that an engine takes. Raises InputError unless it is above 0, and 1 at most."""
+    share = config.engines.args.get("gpu_memory_utilization")
+    if share is None:
+        return UTILIZATION
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+        raise InputError(f"engines.args.gpu_memory_utilization: must be above 0, and 1 at most (it is {share!r})")
     return share
 
 
@@ -111,8 +113,8 @@ def batch_limits(config: Config, context: int, device: Device) -> tuple[int, int
     sequences, tokens = 256, 4096 if config.device == "cpu" else 8192
     if config.device == "gpu" and device.memory >= 70 * GIB and not device.name.startswith("A100"):
         sequences, tokens = 1024, 16384
-    sequences = int(_argument(config, "max_num_seqs", sequences))
-    return sequences, int(_argument(config, "max_num_batched_tokens", min(tokens, sequences * context)))
+    sequences = _count(config, "max_num_seqs", sequences)
+    return sequences, _count(config, "max_num_batched_tokens", min(tokens, sequences * context))
 
 
 def engine_memory(config: Config, shape: Shape, memory: int | None, device: Device) -> EngineMemory:
@@ -133,7 +135,7 @@ def engine_memory(config: Config, shape: Shape, memory: int | None, device: Devi
     limit = None if memory is None else int(utilization(config) * memory)
     if config.device == "cpu":
         limit, cache = None, _cpu_cache()
-    elif given := int(_argument(config, "kv_cache_memory_bytes", 0)):
+    elif given := _count(config, "kv_cache_memory_bytes", 0):
         limit, cache = memory, given
     else:
         cache = 0 if limit is None else limit - weights - activations - allowance

@@ -13,6 +13,7 @@ from typing import Any
 
 from calm_ray.config import WORLD
 from calm_ray.errors import InputError
+from calm_ray.safety import local_path
 from calm_ray.sections import Lora
 
 MOST_HEADER_BYTES = 100_000_000
@@ -118,10 +119,10 @@ def shape_of(model: str, config_file: str | Path | None = None) -> Shape:
     `config_file` is a config.json to go by instead. Raises InputError where nothing tells the size.
     """
     if config_file is not None:
-        return shape_of_config(Path(config_file))
+        return shape_of_config(local_path(str(config_file), "model-config"))
     if model == WORLD:
         return WORLD_SHAPE
-    folder = Path(model).expanduser()
+    folder = local_path(model, "model")
     if folder.is_dir():
         return shape_of_folder(folder)
     if (cached := _cached(model)) is not None:

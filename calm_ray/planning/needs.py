@@ -14,6 +14,9 @@ DATA_CPUS = 0.5
 TRAIN_PLACE = "calm_ray_train"
 """The resource of Ray's that stands for a place to train: nodes that only engines use have none."""
 
+ENGINE_PLACE = "calm_ray_engine"
+"""The resource that stands for a place for an engine, where any node has it: engines then leave other nodes alone."""
+
 Resources = dict[str, float]
 
 

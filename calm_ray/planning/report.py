@@ -100,8 +100,9 @@ def print_plan(plan: Plan) -> None:
             f"its weights, {gb(config.engines.tensor_parallel_size * engine.weights)}, wait in the host"
         )
     console.print(_stages(plan))
-    disk = ", ".join(f"{name} {gb(size)}" for name, size in plan.work.disk.items() if size)
-    say(f"disk, in the run's storage: at most {gb(sum(plan.work.disk.values()))} a round ({disk})")
+    for where, sizes in (("run's storage, of a round", plan.work.disk), ("cache of each node", plan.work.cache)):
+        each = ", ".join(f"{name} {gb(size)}" for name, size in sizes.items() if size)
+        say(f"disk, in the {where}: at most {gb(sum(sizes.values()))} ({each})")
     say("assumed:")
     for line in assumptions(plan):
         say(f"  {line}")
@@ -204,7 +205,7 @@ def assumptions(plan: Plan) -> list[str]:
             f"{BANDWIDTH_SHARE:.0%} while tokens are written"
         )
         if len({node.gpu_memory for node in plan.nodes if node.gpus}) > 1:
-            lines.append("all GPUs are counted as the smallest: Ray does not look at their memory")
+            lines.append("GPUs are counted as the smallest that Ray may give: it does not look at their memory")
         lines.append("times leave out how long engines and workers take to start, and waiting for machines")
     else:
         lines.append("no times are estimated on CPUs")

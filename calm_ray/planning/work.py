@@ -10,6 +10,7 @@ from calm_ray.config import WORLD, Config
 from calm_ray.errors import InputError
 from calm_ray.planning.memory import BYTES, FLOAT32, context_of
 from calm_ray.planning.model_shape import Shape
+from calm_ray.policies import BaseModel
 from calm_ray.rows import Question
 
 PROMPT_TOKENS = 256
@@ -24,6 +25,8 @@ TOKEN_ID_BYTES = 8
 """Token ids travel as 64-bit integers (`calm_ray.rows`); Parquet packs them smaller, which is not counted on."""
 CHECKPOINTS = 2
 """The last checkpoint, and the one being written."""
+POLICIES = 2
+"""The current policy, and the one that margins are measured against."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Work:
     """Tokens that they read for it."""
     disk: dict[str, int]
     """Bytes in the run's storage, by what they are, of one round."""
+    cache: dict[str, int]
+    """Bytes in the cache of each node, by what they are."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -142,7 +147,7 @@ def work_of(config: Config, shape: Shape, counts: Counts) -> Work:
         scored=scored, pairs=pairs, pair_tokens=sides * (prompt + side),
         answered=asked * reply if config.answers_by_writing else 0,
         asked=asked * (prompt if config.answers_by_writing else _read_to_score(form, prompt, side, candidates)),
-        disk=disk,
+        disk=disk, cache=_cache(config, shape),
     )  # fmt: skip
 
 
@@ -168,15 +173,33 @@ def _pairs(config: Config, counts: Counts) -> int:
 def _disk(config: Config, shape: Shape, completions: int, pairs: int, prompt: int, reply: int) -> dict[str, int]:
     """Bytes of one round in the run's storage."""
     each = TOKEN_ID_BYTES + BYTES_PER_TOKEN
-    lora = config.train.lora
-    if lora is not None:
-        trained = shape.lora_parameters(lora)
-        policy = FLOAT32 * trained
-    else:
-        trained, policy = shape.parameters, BYTES["bfloat16"] * shape.parameters
+    policy, checkpoint = _trained(config, shape)
     return {
         "samples": completions * (prompt + reply) * each,
         "pairs": pairs * (prompt + 2 * reply) * each,
-        "adapter" if lora is not None else "weights": policy,
-        "checkpoints": CHECKPOINTS * 3 * FLOAT32 * trained,
+        "weights" if config.train.lora is None else "adapter": policy,
+        "checkpoints": CHECKPOINTS * checkpoint,
     }
+
+
+def _cache(config: Config, shape: Shape) -> dict[str, int]:
+    """Bytes on a node's own disk: its copies, and a checkpoint on its way to or from the storage."""
+    is_copied = config.model == WORLD or not BaseModel(config.model).is_folder
+    is_merged = config.engines.refresh == "merged" and config.train.lora is not None
+    whole = BYTES["bfloat16"] * shape.parameters
+    policy, checkpoint = _trained(config, shape)
+    return {
+        "model": whole * is_copied,
+        f"{POLICIES} policies": POLICIES * policy,
+        "2 merged models": 2 * whole * is_merged,  # the one of before goes when the new one is loaded
+        "checkpoint": checkpoint,
+    }
+
+
+def _trained(config: Config, shape: Shape) -> tuple[int, int]:
+    """Bytes of a policy, and of a checkpoint: what is trained and Adam's two moments, in float32."""
+    lora = config.train.lora
+    if lora is None:
+        return BYTES["bfloat16"] * shape.parameters, 3 * FLOAT32 * shape.parameters
+    trained = FLOAT32 * shape.lora_parameters(lora)
+    return trained, 3 * trained

@@ -40,6 +40,7 @@ def keys_of(section: type[Section]) -> Iterator[str]:
 
 
 KEYS = [*keys_of(Config), *(f"{section}.{name}" for section in ("engines.args", "train.trl") for name in "abcd")]
+KEYS += [f"engines.args.{name}" for name in ("max_model_len", "max_num_seqs", "gpu_memory_utilization")]
 ODD: st.SearchStrategy[Any] = st.sampled_from(
     [
         None, True, False, 0, -1, 1, 2**63, -(2**63), 10**400, 0.5, float("nan"), float("inf"), 1e308, "", " ", "\0",

@@ -72,6 +72,22 @@ def test_completions_and_pairs_are_counted(questions: list[str]) -> None:
     assert work.disk["checkpoints"] == 2 * 3 * 4 * 3_407_872
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sizes"),
+    [
+        ([], {"model": 16e9, "2 policies": 2 * 13_631_488, "checkpoint": 3 * 13_631_488}),
+        (["model=/shared/llama-8b"], {"2 policies": 2 * 13_631_488, "checkpoint": 3 * 13_631_488}),
+        (["engines.refresh=merged"],
+         {"model": 16e9, "2 policies": 2 * 13_631_488, "2 merged models": 32e9, "checkpoint": 3 * 13_631_488}),
+        (["engines.refresh=merged", "train.lora=null"], {"model": 16e9, "2 policies": 32e9, "checkpoint": 96e9}),
+    ],
+)  # fmt: skip
+def test_a_nodes_cache_is_counted(overrides: list[str], sizes: dict[str, float]) -> None:
+    config = load_config(LLAMA, overrides)
+    cache = work_of(config, shape_of(config.model), count_questions(config)).cache
+    assert {name: size for name, size in cache.items() if size} == sizes
+
+
 def test_a_split_divides_the_questions(questions: list[str]) -> None:
     config = load_config(LLAMA, [questions[0], "questions.evaluate=null", "questions.split={train: 1}"])
     counts = count_questions(config)
@@ -142,6 +158,8 @@ def test_the_plan_is_printed(questions: list[str], capsys: pytest.CaptureFixture
         "36 completions, 18,432 tokens",
         "A100-80, 312 TFLOP/s",
         "8B by its name",
+        "disk, in the run's storage, of a round: at most 96.1 MB (samples",
+        "disk, in the cache of each node: at most 16.1 GB (model 16.0 GB, 2 policies 27.3 MB, checkpoint 40.9 MB)",
     ):
         assert words in printed
 
@@ -173,6 +191,11 @@ def test_what_cannot_be_is_refused() -> None:
         show_plan(LLAMA, cluster="cluster.yaml", nodes=2)
     with pytest.raises(InputError, match="nodes: must be a whole number"):
         show_plan(LLAMA, nodes=0)
+    for option in ("model_config", "cluster"):
+        with pytest.raises(InputError, match="cannot be used: File name too long"):
+            show_plan(LLAMA, **{option: "x" * 300})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"model: xxx.*cannot be used: File name too long"):
+        show_plan(LLAMA, [f"model={'x' * 300}-8b"])
 
 
 def test_durations_are_for_people() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from calm_ray.config import Config
 from calm_ray.errors import InputError, ResourceError
 from calm_ray.planning.hardware import DEVICES, GB, GIB, Node, node_of_instance, nodes_alike, nodes_of_launcher
 from calm_ray.planning.layout import Layout, lay_out
-from calm_ray.planning.model_shape import shape_of
-from calm_ray.planning.needs import needs_of, shortage
+from calm_ray.planning.model_shape import Shape, shape_of
+from calm_ray.planning.needs import ENGINE_PLACE, TRAIN_PLACE, needs_of, shortage
 from calm_ray.planning.plan import check_plan
 from calm_ray.planning.proposals import changed, proposals
 from calm_ray.recipes import RECIPES, load_config
@@ -96,7 +97,31 @@ def test_what_is_short_is_said_in_numbers() -> None:
     )
     [problem] = layout(nodes_alike(2), "engines.tensor_parallel_size=3", "engines.per_language=null",
                        "engines.shared=2").problems  # fmt: skip
-    assert problem == "engines.tensor_parallel_size=3 does not divide the model's 32 heads"
+    assert problem == (
+        "engines.tensor_parallel_size=3 does not divide the model's 32 heads, 8 key/value heads (nor is a multiple of "
+        "them), MLP of 14,336"
+    )
+
+
+@pytest.mark.parametrize(
+    ("heads", "keys", "size", "left_over"),
+    [
+        (28, 4, 14, ["4 key/value heads (nor is a multiple of them)", "MLP of 960", "vocabulary of 49,152 (padded)"]),
+        (24, 8, 12, ["8 key/value heads (nor is a multiple of them)"]),
+        (15, 5, 5, ["vocabulary of 49,152 (padded)"]),
+        (15, 5, 3, ["5 key/value heads (nor is a multiple of them)"]),
+        (40, 8, 16, ["40 heads"]),
+        (9, 3, 3, []),  # the vocabulary as it is padded, 3 times 16,384
+        (16, 2, 8, []),  # each key head on four GPUs
+        (32, 8, 8, []),
+    ],
+)
+def test_an_engine_shares_the_model_as_vllm_can(heads: int, keys: int, size: int, left_over: list[str]) -> None:
+    """By the assertions of vLLM's llama.py, of its linear layers and of its embeddings."""
+    shape = Shape(heads * 64, 2, 960, heads, keys, 64, 49_100, True, 8192, 10**8, "")
+    config = recipe(f"engines={{per_language: null, shared: 1, tensor_parallel_size: {size}}}", "train.workers=1")
+    words = f"engines.tensor_parallel_size={size} does not divide the model's {', '.join(left_over)}"
+    assert lay_out(config, shape, nodes_alike(2, gpus=16)).problems == ([words] if left_over else [])
 
 
 def test_a_sequence_must_fit_into_the_cache() -> None:
@@ -111,6 +136,57 @@ def test_host_memory_counts_by_node() -> None:
     enough, short = (nodes_alike(2, memory=memory) for memory in (32 / 0.95 + 0.01, 32 / 0.95 - 0.01))
     assert given(layout(enough)) == [(6, 2, 8), (0, 6, 6)]
     assert given(layout(short)) == [(6, 1, 7), (0, 7, 7)]
+
+
+@pytest.mark.parametrize(
+    ("train", "engine", "overrides", "places"),
+    [
+        ((0, 8), (None, None), [], [(6, 0, 6), (0, 8, 8)]),
+        ((8, 0), (None, None), [], [(0, 8, 8), (6, 0, 6)]),  # engines leave the GPUs to those that must be there
+        ((None, None), (2, 4), [], [(2, 6, 8), (4, 2, 6)]),
+        ((8, 0), (0, 6), [], [(0, 8, 8), (6, 0, 6)]),
+        ((4, 4), (None, None), [], [(4, 4, 8), (2, 4, 6)]),
+        ((8, 8), (None, None), [], [(6, 2, 8), (0, 6, 6)]),
+        ((8, 0), (None, None), ["device=cpu", "engines.cpus=16", "train.cpus_per_worker=12"], [(0, 8, 0), (6, 0, 0)]),
+        ((8, 0), (None, None), ["engines.refresh=merged"], [(0, 8, 8), (6, 0, 6)]),
+        ((0, 8), (8, 8), ["placement=colocate", "train.workers=6"], [(0, 0, 0), (6, 6, 6)]),
+        ((0, 5), (None, None), ["train.workers=[2, 16]"], [(6, 0, 6), (0, 5, 5)]),
+        ((0, 8), (1, 1), ["engines={shared: 2, per_language: null, tensor_parallel_size: 4}", "train.workers=4"],
+         [(1, 0, 4), (1, 4, 8)]),
+    ],
+)  # fmt: skip
+def test_a_cluster_says_where_engines_and_workers_may_go(
+    train: tuple[int | None, ...],
+    engine: tuple[int | None, ...],
+    overrides: list[str],
+    places: list[tuple[int, int, int]],
+) -> None:
+    nodes = [
+        replace(node, train_places=train[i], engine_places=engine[i]) for i, node in enumerate(nodes_alike(len(train)))
+    ]
+    found = layout(nodes, *overrides)
+    assert given(found) == places
+    assert found.problems == []
+
+
+def test_too_few_places_are_said() -> None:
+    nodes = [replace(node, train_places=5, engine_places=2) for node in nodes_alike(2)]
+    for_engines, for_workers = layout(nodes, "train.workers=11").problems
+    assert for_engines.startswith(f"2 of 6 engines have no place: each takes 1 CPU, 1 GPU, 4.0 GB, 1 {ENGINE_PLACE} on")
+    assert for_engines.endswith(f"16 GPU, 2,473.9 GB of host memory, 4 {ENGINE_PLACE}")
+    assert f"1 of 11 training workers have no place: each takes 1 CPU, 1 GPU, 4.0 GB, 1 {TRAIN_PLACE}" in for_workers
+    assert for_workers.endswith(f"10 {TRAIN_PLACE}")
+
+
+def test_gpus_count_where_they_may_be_used() -> None:
+    """Engines on GPUs of 40 GB, and workers of 70 GB or more on those that have them."""
+    small, large = nodes_alike(1, gpu="A100-40"), nodes_alike(1, gpu="A100-80")
+    full = [*FULL, "train.workers=4", "train.activation_checkpointing=true"]
+    assert "a GPU has 40.0 GB" in layout(small + large, *full).problems[0]
+    apart = [replace(small[0], train_places=0, engine_places=8), replace(large[0], train_places=8, engine_places=0)]
+    found = layout(apart, *full)
+    assert found.problems == []
+    assert found.engine.limit == int(0.9 * 40 * GB)
 
 
 def test_what_is_not_known_is_not_checked() -> None:
@@ -197,6 +273,22 @@ def test_resources_of_the_launchers_file_go_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("resources", "head", "worker"),
+    [
+        ({TRAIN_PLACE: 4}, (0, None), (4, None)),
+        ({ENGINE_PLACE: 2}, (None, 0), (None, 2)),
+        ({TRAIN_PLACE: 4, ENGINE_PLACE: 2}, (0, 0), (4, 2)),
+        ({TRAIN_PLACE: 0}, (None, None), (None, None)),
+    ],
+)
+def test_the_launchers_file_says_where_engines_and_workers_may_go(
+    tmp_path: Path, resources: dict[str, int], head: tuple[int | None, ...], worker: tuple[int | None, ...]
+) -> None:
+    nodes = nodes_of_launcher(launcher(tmp_path, resources={"CPU": 64, "GPU": 4, **resources}))
+    assert [(node.train_places, node.engine_places) for node in nodes] == [head, worker, worker]
+
+
+@pytest.mark.parametrize(
     ("worker", "message"),
     [
         ({"node_config": {"InstanceType": "p9.99xlarge"}}, r"worker\.node_config\.InstanceType: 'p9.99xlarge' is not"),
@@ -233,16 +325,25 @@ def test_bad_launchers_files_are_refused(tmp_path: Path, text: str | None, messa
     [
         ({"count": 0}, r"nodes: must be a whole number from 1 to 4096 \(it is 0\)"),
         ({"gpus": -1}, "gpus-per-node: must be a whole number"),
-        ({"gpu_memory": -80}, r"gpu-memory: must be above 0 \(it is -80\)"),
+        ({"gpu_memory": -80}, r"gpu-memory: must be above 0, and 1,000,000 at most \(it is -80\)"),
+        ({"gpu_memory": 1e300}, r"gpu-memory: must be above 0, and 1,000,000 at most \(it is 1e\+300\)"),
+        ({"memory": 1e300}, "host-memory: must be above 0, and 1,000,000 at most"),
+        ({"cpus": 1e300}, "cpus-per-node: must be above 0, and 1,000,000 at most"),
         ({"gpu_memory": float("nan")}, "gpu-memory: must be above 0"),
         ({"cpus": 0}, "cpus-per-node: must be above 0"),
         ({"memory": float("inf")}, "host-memory: must be above 0"),
         ({"gpu": "A1000"}, "gpu: 'A1000' is not known; known are A100-40"),
+        ({"gpu": "A1000", "gpu_memory": 80}, "gpu: 'A1000' is not known"),
     ],
 )
 def test_bad_nodes_are_named(values: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         nodes_alike(**{"count": 1, **values})  # type: ignore[arg-type]
+
+
+def test_a_gpu_by_name_brings_its_memory() -> None:
+    assert [nodes_alike(1, gpu=gpu)[0].gpu_memory for gpu in DEVICES] == [40 * GB, 80 * GB, 80 * GB, 141 * GB]
+    assert nodes_alike(1, gpu="H200", gpu_memory=100)[0].gpu_memory == 100 * GB
 
 
 def test_machines_of_aws() -> None:

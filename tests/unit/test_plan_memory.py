@@ -85,8 +85,19 @@ def test_arguments_of_vllm_change_the_cache(llama: Shape) -> None:
     assert given.cached_tokens == 8192
     h100 = engine_memory(recipe(), llama, 80 * GB, DEVICES["H100"])
     assert h100.most_sequences == 1024
-    with pytest.raises(InputError, match=r"engines\.args\.max_num_seqs: must be a number above 0 \(it is 'many'\)"):
-        engine_memory(recipe("engines.args.max_num_seqs=many"), llama, 80 * GB, A100)
+
+
+@pytest.mark.parametrize("value", ["0.5", "0", "-3", "many", "true", "2048.0", "1.0e+30"])
+@pytest.mark.parametrize("name", ["max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"])
+def test_counts_of_vllm_are_whole(llama: Shape, name: str, value: str) -> None:
+    with pytest.raises(InputError, match=rf"engines\.args\.{name}: must be a whole number above 0 \(it is"):
+        engine_memory(recipe(f"engines.args.{name}={value}"), llama, 80 * GB, A100)
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "-0.1", "most", "true"])
+def test_a_share_of_the_memory_is_one(llama: Shape, value: str) -> None:
+    with pytest.raises(InputError, match=r"engines\.args\.gpu_memory_utilization: must be above 0, and 1 at most"):
+        engine_memory(recipe(f"engines.args.gpu_memory_utilization={value}"), llama, 80 * GB, A100)
 
 
 def test_lora_keeps_frozen_weights_and_a_small_optimiser(llama: Shape) -> None:

@@ -161,6 +161,16 @@ def test_arguments_of_engines_that_run_code_or_listen(name: str) -> None:
             load_config(None, [override])
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["pipeline_parallel_size", "prefill_context_parallel_size", "data_parallel_size", "data_parallel_rank",
+     "data_parallel_size_local", "data_parallel_backend", "device_ids"],
+)  # fmt: skip
+def test_arguments_of_engines_that_take_more_gpus(name: str) -> None:
+    with pytest.raises(InputError, match=f"args may not set {name}: an engine has engines.tensor_parallel_size GPUs"):
+        load_config(None, [f"engines.args.{name}=2"])
+
+
 def test_a_backend_may_be_named_but_not_be_a_class() -> None:
     with pytest.raises(InputError, match=r"engines.args.compilation_config may not set backend to a class \(os.system"):
         load_config(None, ["engines.args.compilation_config={backend: os.system}"])
