@@ -13,7 +13,7 @@ import yaml
 
 from calm_ray.endings import exit_code_of
 from calm_ray.errors import InputError
-from calm_ray.recipes import DEMO_RECIPE, load_config, load_preferences
+from calm_ray.recipes import DEMO_RECIPE, is_override, load_config, load_preferences, recipe_and_overrides
 
 ALIGN_HELP = """\
 Runs rounds of self-alignment. Without a recipe it is the demo, which needs no model and no data.
@@ -52,8 +52,9 @@ language that `chosen_language` names."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code (see `calm_ray.endings`)."""
-    options = _parser().parse_args(arguments)
-    return exit_code_of(lambda: options.command(options), goes_on=options.command is _align)
+    options = _parsed(arguments)
+    is_run = options.command is _align
+    return exit_code_of(lambda: options.command(options), goes_on=is_run, overwrites=is_run and options.overwrite)
 
 
 def entry() -> None:
@@ -64,8 +65,19 @@ def entry() -> None:
 def align_job(recipe: Path = DEMO_RECIPE) -> None:
     """What `jobs/calm.py` and its like run: `calm-ray align` with the job's arguments, by default with this recipe."""
     words = sys.argv[1:]
-    named = any("=" not in word and not word.startswith("-") for word in words)
+    named = any(not is_override(word) and not word.startswith("-") for word in words)
     sys.exit(main(["align", *([] if named else [str(recipe)]), *words]))
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command; overrides may stand on both sides of an option, which argparse does not know."""
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if more and (not hasattr(options, "recipe") or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        options.recipe += more
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,7 +163,7 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--cluster", metavar="FILE", help="a file of Ray's cluster launcher: cluster.yaml")
     plan.add_argument("--nodes", type=int, help="how many machines, all alike; default: 1")
     plan.add_argument("--gpus-per-node", type=int, help="default: 8, on CPUs 0")
-    plan.add_argument("--gpu-memory", type=float, metavar="GB", help="of each GPU; default: 80")
+    plan.add_argument("--gpu-memory", type=float, metavar="GB", help="of each GPU; default: that of --gpu, or 80")
     plan.add_argument("--gpu", help="A100-40, A100-80, H100 or H200; default: by its memory")
     plan.add_argument("--cpus-per-node", type=float)
     plan.add_argument("--host-memory", type=float, metavar="GB", help="of each machine")
@@ -182,7 +194,7 @@ def _add_vote_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _align(options: argparse.Namespace) -> None:
-    config = load_config(*_recipe_and_overrides(options.recipe))
+    config = load_config(*recipe_and_overrides(options.recipe))
     if options.dry_run:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
         return
@@ -195,17 +207,10 @@ def _align(options: argparse.Namespace) -> None:
     say(f"run: {run.uri}")
 
 
-def _recipe_and_overrides(words: list[str]) -> tuple[str | None, list[str]]:
-    recipes = [word for word in words if "=" not in word]
-    if len(recipes) > 1:
-        raise InputError(f"one recipe at a time, not {' and '.join(recipes)}; an override looks like section.key=value")
-    return recipes[0] if recipes else None, [word for word in words if "=" in word]
-
-
 def _plan(options: argparse.Namespace) -> None:
     from calm_ray.planning.report import show_plan
 
-    recipe, overrides = _recipe_and_overrides(options.recipe)
+    recipe, overrides = recipe_and_overrides(options.recipe)
     show_plan(
         recipe,
         overrides,

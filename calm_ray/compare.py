@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from calm_ray.comparison.plan import BASE, METHODS, TABLE_1, Comparison, Contender, named_methods, plan
 from calm_ray.endings import exit_code_of
-from calm_ray.errors import InputError
-from calm_ray.recipes import RECIPES
+from calm_ray.recipes import RECIPES, is_override, recipe_and_overrides
 
 if TYPE_CHECKING:
     from calm_ray.inputs import Inputs
@@ -40,7 +39,7 @@ rate, epochs and whatever else has defaults by objective is taken from the recip
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (see `calm_ray.endings`)."""
     options = _parser().parse_intermixed_args(arguments)
-    return exit_code_of(lambda: _compare(options), goes_on=True)
+    return exit_code_of(lambda: _compare(options), goes_on=True, overwrites=options.overwrite)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,15 +58,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compare(options: argparse.Namespace) -> None:
     # --methods takes all words that follow it; an override is known by its =.
-    words = [*options.recipe, *(word for word in options.methods if "=" in word)]
-    recipes = [word for word in words if "=" not in word]
-    if len(recipes) > 1:
-        raise InputError(f"one recipe at a time, not {' and '.join(recipes)}; an override looks like section.key=value")
-    comparison = plan(
-        Path(recipes[0]) if recipes else DEMO_RECIPE,
-        named_methods([word for word in options.methods if "=" not in word]),
-        [word for word in words if "=" in word],
-    )
+    more = [word for word in options.methods if is_override(word)]
+    recipe, overrides = recipe_and_overrides([*options.recipe, *more])
+    methods = named_methods([word for word in options.methods if word not in more])
+    comparison = plan(Path(recipe) if recipe else DEMO_RECIPE, methods, overrides)
     run_all(comparison.contenders, overwrite=options.overwrite)
     report(comparison)
 
@@ -111,7 +105,7 @@ def _run_all(contenders: Sequence[Contender], overwrite: bool) -> None:
     from calm_ray.sampling.spec import engine_spec
 
     for one in contenders:
-        one.run.check(one.settings, overwrite, may_be_finished=True)
+        one.run.check(one.settings, overwrite)
     if not overwrite:
         check_common_start(contenders)
     todo = [one for one in contenders if overwrite or not one.run.is_complete(one.settings)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,26 @@ from calm_ray.safety import redact
 INTERRUPTED = 130
 
 
-def exit_code_of(command: Callable[[], None], *, goes_on: bool = False) -> int:
-    """Runs a command and says in one message why it did not end well; `goes_on`: it takes up what it had begun."""
+def exit_code_of(command: Callable[[], None], *, goes_on: bool = False, overwrites: bool = False) -> int:
+    """Runs a command and says in one message why it did not end well.
+
+    `goes_on`: given again it takes up what it had begun; but not if it `overwrites`, which would delete that.
+    """
     end_on_sigterm()
     try:
         command()
     except CalmRayError as error:
         print(redact(f"error: {error}"), file=sys.stderr)
+        if overwrites and error.exit_code == CalmRayError.exit_code:
+            print("To go on, leave out --overwrite: it would delete what was done.", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted" + ("; the same command goes on from here" if goes_on else ""), file=sys.stderr)
+        same = "the same command without --overwrite" if overwrites else "the same command"
+        print("interrupted" + (f"; {same} goes on from here" if goes_on else ""), file=sys.stderr)
         return INTERRUPTED
+    except Exception:
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,11 @@ from calm_ray.model_files import require_safetensors as require_safetensors
 from calm_ray.rows import BASE_POLICY
 from calm_ray.safety import local_path, redact
 from calm_ray.storage import Storage, hash_folder
+
+LOADED_WITHIN = 3600.0
+"""Seconds after which whoever fetched a policy has loaded it."""
+KILLED_BEFORE = 86400.0
+"""Seconds without a new file after which nobody is making a folder any more."""
 
 
 def cache_folder() -> Path:
@@ -107,10 +114,14 @@ def fetch(location: str, sha256: str, folder: Path) -> Path:
     """A copy of a folder of the run's storage on this node's disk; the same copy for all processes of the node."""
     with node_lock(folder):
         if not folder.is_dir():
-            Storage(location).download("", folder)
+            storage = Storage(location)
+            if not storage.files():
+                raise CalmRayError(f"{location} is not there: its run was moved or deleted; put it back")
+            storage.download("", folder)
             if hash_folder(folder) != sha256:
                 shutil.rmtree(folder)
                 raise CalmRayError(f"{location} is not what was written there: put it back, or make it again")
+        os.utime(folder)  # the last use, for `forget_policies`
     if hash_folder(folder) != sha256:
         raise CalmRayError(
             f"{folder} is not what {location} held when it was written; delete the folder and start again"
@@ -118,11 +129,33 @@ def fetch(location: str, sha256: str, folder: Path) -> Path:
     return folder
 
 
+def forget_policies(keep: Collection[str]) -> None:
+    """Deletes this node's copies of policies but those named in `keep`: weights are as large as the model.
+
+    What any run fetched here within the hour stays, as it may be loading; the rest is fetched again at need.
+    """
+    for folder in (cache_folder() / "policies").glob("[!.]*"):
+        if folder.name in keep or ".tmp-" in folder.name:
+            continue
+        with node_lock(folder), suppress(FileNotFoundError):  # another process may have been first
+            if time.time() - folder.stat().st_mtime > LOADED_WITHIN:
+                # Renamed first: a deletion that is interrupted leaves no part of a policy under its name.
+                going = folder.rename(folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"))
+                shutil.rmtree(going, ignore_errors=True)
+
+
 @contextmanager
 def node_lock(folder: Path) -> Iterator[None]:
-    """Held by the one process of a node that makes a folder of the cache, while the others wait for it."""
+    """Held by the one process of a node that makes a folder of the cache, while the others wait for it.
+
+    Deletes what processes that were killed left of other folders beside it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
+        for unfinished in folder.parent.glob("*.tmp-*"):
+            with suppress(FileNotFoundError):  # its maker, or another process, was first
+                if time.time() - unfinished.stat().st_mtime > KILLED_BEFORE:
+                    shutil.rmtree(unfinished, ignore_errors=True)
         yield
 
 

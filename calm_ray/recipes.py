@@ -10,6 +10,7 @@ A recipe's section `compare` is for `jobs/compare.py` (see `calm_ray.comparison.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,6 +44,20 @@ def load_config(recipe: str | Path | None = None, overrides: list[str] | None = 
     for word in overrides or []:
         override(raw, word)
     return validated(raw, str(path))
+
+
+def is_override(word: str) -> bool:
+    """Whether a word of a command is `section.key=value`; a path may have a `=` in it too."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and "/" not in key
+
+
+def recipe_and_overrides(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The words of a command, apart: a recipe, or None, and overrides. Raises InputError for two recipes."""
+    recipes = [word for word in words if not is_override(word)]
+    if len(recipes) > 1:
+        raise InputError(f"one recipe at a time, not {' and '.join(recipes)}; an override looks like section.key=value")
+    return recipes[0] if recipes else None, [word for word in words if is_override(word)]
 
 
 def validated(raw: dict[str, Any], source: str) -> Config:

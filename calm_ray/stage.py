@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from calm_ray.storage import Storage
+from calm_ray.storage import Storage, parquet_of
 
 STAGE_FILE = "stage.json"
 MANIFEST = "manifest.json"
@@ -106,9 +106,13 @@ class Stage:
     def recover(self) -> None:
         """Leaves a readable manifest: without what is torn of it, and with the whole chunks that lack an entry."""
         for name in [STAGE_FILE, MANIFEST, *(f"{ENTRIES}/{name}" for name in self.storage.files(ENTRIES))]:
-            if not _is_json(self.storage, name):
+            if _is_torn(self.storage, name):
                 self.storage.delete(STAGE_FILE)
                 self.storage.delete(name)
+        if not self.storage.exists(MANIFEST):  # it was lost, as it is written before the stage is finished
+            self.storage.delete(STAGE_FILE)
+        if self.is_finished:  # a file that its manifest does not name is somebody's copy
+            return
         known = self.names()
         for name in self.storage.files():
             if name.endswith(".parquet") and name not in known and (entry := self._entry_of_chunk(name)) is not None:
@@ -151,13 +155,15 @@ class Stage:
 
     def _entry_of_chunk(self, name: str) -> Entry | None:
         """The entry of a chunk, made from itself; None where it is torn or was not written here."""
+        content = self.storage.read(name)  # by itself: that this fails does not say that the chunk is torn
         try:
-            data = self.storage.read_table(name)
-            counts = json.loads(data.schema.metadata[COUNTS])
-        except (OSError, KeyError, TypeError, ValueError):
+            data = parquet_of(pa.BufferReader(content))
+            counts = dict(json.loads(data.schema.metadata[COUNTS]))
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, RecursionError):
             return None
-        entry = self._entry_of(name)
-        return None if entry is None else {"rows": len(data), **entry, **counts}
+        sha256 = hashlib.sha256(content).hexdigest()
+        entry = {"rows": len(data), "bytes": len(content), "sha256": sha256} | counts
+        return entry if _is_entry(entry) else None
 
     def copy(self, other: Stage, policy: str | None = None) -> dict[str, Any]:
         """Becomes what another run's finished stage is; its record says where that is from (`copied_from`).
@@ -187,14 +193,25 @@ def _all(task: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         return list(threads.map(task, items))
 
 
-def _is_json(storage: Storage, name: str) -> bool:
-    """Whether a file is whole; one that is not there is not torn."""
+def _is_torn(storage: Storage, name: str) -> bool:
+    """Whether a file of the manifest, or stage.json, is there and is not what is written there."""
     try:
-        if storage.exists(name):
-            storage.read_json(name)
-    except ValueError:
+        content = storage.read_json(name)
+    except FileNotFoundError:
         return False
-    return True
+    except (ValueError, RecursionError):
+        return True
+    if name == STAGE_FILE or not isinstance(content, dict):
+        return not isinstance(content, dict)
+    entries = content if name == MANIFEST else {name: content}
+    return not all(_is_entry(entry) and ".." not in file.split("/") for file, entry in entries.items())
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether it holds a hash, a size, and besides only counts."""
+    if not isinstance(value, dict) or not {"bytes", "sha256"} <= value.keys():
+        return False
+    return all(isinstance(of, str if key == "sha256" else int) for key, of in value.items())
 
 
 def _renamed(rows: pa.Table, policy: str) -> pa.Table:

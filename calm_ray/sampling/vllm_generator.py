@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from calm_ray.policies import Policy, require_safetensors
+from calm_ray.policies import Policy, forget_policies, require_safetensors
 from calm_ray.rows import BASE_POLICY
 from calm_ray.sampling.generator import Decoding, Generated, Likelihoods
 from calm_ray.sampling.spec import EngineSpec
@@ -61,6 +61,7 @@ class VLLMGenerator:
         else:
             self._reload_weights(policy)
         self.policy = policy.name
+        forget_policies({policy.name})
 
     def _swap_adapter(self, policy: Policy) -> None:
         from vllm.lora.request import LoRARequest

@@ -26,13 +26,20 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
+def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server was asked, one request a line."""
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def bucket(requests: Path) -> Iterator[str]:
     """The URI of an empty bucket; what reaches it is in the environment, as it would be for a real one."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open(requests, "wb") as log:
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "tests",
         "AWS_SECRET_ACCESS_KEY": "tests", "AWS_EC2_METADATA_DISABLED": "true",
@@ -115,6 +122,16 @@ def test_folders_come_back_as_they_went(bucket: str, tmp_path: Path) -> None:
     assert [folder.name for folder in tmp_path.iterdir() if folder != source] == ["target"]
 
 
+def test_small_files_are_single_puts(bucket: str, requests: Path) -> None:
+    storage = Storage(f"{bucket}/puts")
+    storage.write("small", b"content")
+    storage.write("large", bytes(12 << 20))
+    asked = [line.split('"')[1].split() for line in requests.read_text().splitlines() if "/bucket/puts/" in line]
+    assert [(method, path) for method, path, _ in asked if "small" in path] == [("PUT", "/bucket/puts/small")]
+    assert len(asked) > 2
+    assert len(storage.read("large")) == 12 << 20
+
+
 def test_a_bucket_that_is_not_there_is_named(bucket: str) -> None:
     with pytest.raises(StorageError, match=r"s3://none/runs/a could not be written.*NO_SUCH_BUCKET"):
         Storage("s3://none/runs").write("a", b"")
@@ -152,8 +169,8 @@ def test_a_run_is_interrupted_and_gone_on_with(
     assert {key: run.storage.read(key) for key in before} == before
     assert [entry["round"] for entry in run.summary["rounds"]] == [0, 1]
     assert not [key for key in keys(run.storage) if "tmp" in key]
-    assert main(["align", str(recipe)]) == 2
-    assert "is finished" in capsys.readouterr().err
+    assert main(["align", str(recipe)]) == 0
+    assert "is finished" in capsys.readouterr().out
     assert main(["show", run.uri]) == 0
     assert "completions, round 1" in capsys.readouterr().out
     assert main(["export", run.uri, str(tmp_path / "merged")]) == 0

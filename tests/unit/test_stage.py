@@ -118,6 +118,68 @@ def test_of_a_torn_manifest_and_a_torn_chunk_the_chunk_is_lost(tmp_path: Path) -
     assert run.stage(1, "sample").chunks() == {"00000-en", "00002-en"}
 
 
+ENTRY = '{"rows": 1, "bytes": 1, "sha256": "0"}'
+NO_MANIFESTS = [
+    "null", "[]", '{"00000-en.parquet": {}}', '{"00000-en.parquet": null}',
+    '{"00000-en.parquet": {"bytes": "1", "sha256": "0"}}', f'{{"../../../../outside": {ENTRY}}}', "[" * 100_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", NO_MANIFESTS)
+def test_a_manifest_of_another_shape_is_torn(tmp_path: Path, content: str) -> None:
+    run = run_with(tmp_path, (1, "sample"))
+    (tmp_path / "outside").write_text("of somebody else")
+    sample = run.stage(1, "sample")
+    before = sample.manifest()
+    sample.storage.write("manifest.json", content.encode())
+    mend(run)
+    assert not sample.is_finished
+    assert sample.manifest() == before
+    assert (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '"x"'])
+def test_a_record_of_another_shape_is_torn(tmp_path: Path, content: str) -> None:
+    run = run_with(tmp_path, (1, "sample"))
+    sample = run.stage(1, "sample")
+    before = sample.manifest()
+    sample.storage.write("stage.json", content.encode())
+    mend(run)
+    assert not sample.is_finished
+    assert sample.manifest() == before
+
+
+@pytest.mark.parametrize("content", ["null", "{}", '{"bytes": 1, "sha256": null}'])
+def test_an_entry_of_another_shape_is_torn(tmp_path: Path, content: str) -> None:
+    run = run_with(tmp_path)
+    stage = stage_of(tmp_path / "run/rounds/1/sample", finished=False)
+    before = stage.manifest()
+    stage.storage.write("manifest/00001-en.parquet.json", content.encode())
+    mend(run)
+    assert stage.manifest() == before
+
+
+def test_a_finished_stage_without_its_manifest_is_not_finished(tmp_path: Path) -> None:
+    run = run_with(tmp_path, (1, "sample"))
+    sample = run.stage(1, "sample")
+    before = sample.manifest()
+    sample.storage.delete("manifest.json")
+    damage(tmp_path / "run/rounds/1/sample", "gone")
+    mend(run)
+    assert not sample.is_finished
+    assert sample.manifest() == {name: entry for name, entry in before.items() if name != "00001-en.parquet"}
+
+
+def test_a_copy_of_a_chunk_is_no_part_of_a_finished_stage(tmp_path: Path) -> None:
+    run = run_with(tmp_path, (1, "sample"))
+    sample = run.stage(1, "sample")
+    before = sample.manifest()
+    sample.storage.write("00000-en-backup.parquet", sample.storage.read("00000-en.parquet"))
+    mend(run)
+    assert sample.is_finished
+    assert sample.manifest() == before
+
+
 def test_a_chunk_whose_writer_was_killed_before_its_entry_is_kept(tmp_path: Path) -> None:
     run = run_with(tmp_path)
     stage = stage_of(tmp_path / "run/rounds/1/sample", finished=False)
