@@ -19,8 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from calm_ray.config import Config
 from calm_ray.endings import end_on_sigterm
 from calm_ray.errors import InputError, ResourceError
-from calm_ray.planning.hardware import DEVICES, MOST_NODES, Node
-from calm_ray.planning.needs import TRAIN_PLACE, Needs, Resources, shortage
+from calm_ray.nodes import kinds_of_cluster, nodes_of_cluster
+from calm_ray.planning.needs import ENGINE_PLACE, TRAIN_PLACE, Needs, Resources, shortage
 from calm_ray.planning.plan import check_plan
 from calm_ray.progress import say
 from calm_ray.storage import Storage
@@ -80,28 +80,29 @@ def _keep_quiet() -> None:
 
 def check_resources(needs: Needs) -> None:
     """Raises ResourceError where the cluster, grown as far as it may, can never hold what the run needs."""
-    present = ray.cluster_resources()
-    limits = ray_state.get_max_resources_from_cluster_config() or {}
-    most = {name: max(present.get(name, 0.0), float(limits.get(name, 0.0))) for name in needs.total}
-    if problem := shortage(needs, most, _kinds_of_nodes()):
+    most = most_resources()
+    if problem := shortage(needs, {name: most.get(name, 0.0) for name in needs.total}, _kinds_of_nodes()):
         raise ResourceError(f"engines and train.workers: {problem}")
-    places, workers = max(present.get(TRAIN_PLACE, 0), limits.get(TRAIN_PLACE, 0)), needs.count("worker")
-    if 0 < places < workers:
-        raise ResourceError(
-            f"train.workers: {workers} need as many places to train, and the cluster has {places:g} ({TRAIN_PLACE}); "
-            f"lower train.workers, or start more nodes with `ray start --resources '{{\"{TRAIN_PLACE}\": N}}'`"
-        )
+    for what, place, key in (("worker", TRAIN_PLACE, "train.workers"), ("engine", ENGINE_PLACE, "engines")):
+        places, count = most.get(place, 0.0), needs.count(what)
+        if 0 < places < count:
+            raise ResourceError(
+                f"{key}: {count} {what}s need a place each, and the cluster has {places:g} ({place}); ask for fewer, "
+                f"or start more nodes with `ray start --resources '{{\"{place}\": N}}'`"
+            )
+
+
+def most_resources() -> Resources:
+    """All that the cluster has, or may grow to have."""
+    present, limits = ray.cluster_resources(), ray_state.get_max_resources_from_cluster_config() or {}
+    return {name: max(present.get(name, 0.0), float(limits.get(name, 0.0))) for name in {*present, *limits}}
 
 
 def _kinds_of_nodes() -> list[Resources]:
     """What the nodes that are there have, and those that may be started."""
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    config = ray_state.get_cluster_config()
-    return nodes + ([dict(kind.resources) for kind in config.node_group_configs] if config else [])
-
-
-# Ray's names of GPUs, where these tell their memory, and ours.
-DEVICE_OF = {"A100-40G": "A100-40", "A100-80G": "A100-80", "H100": "H100", "H200": "H200"}
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]] + [
+        kind.resources for kind in kinds_of_cluster()
+    ]
 
 
 def check_layout(config: Config, model_folder: Path) -> None:
@@ -111,31 +112,25 @@ def check_layout(config: Config, model_folder: Path) -> None:
 
     A model whose configuration says too little for a plan is left to the engines.
     """
-    if config.train.is_elastic and config.rounds and not any(TRAIN_PLACE in node for node in _kinds_of_nodes()):
-        raise ResourceError(
-            "train.workers: [least, most] needs nodes that say how many workers they have room for: start them with "
-            f"`ray start --resources '{{\"{TRAIN_PLACE}\": 8}}'`, or give train.workers one number"
-        )
+    if config.train.is_elastic and config.rounds:
+        _check_places(config, _kinds_of_nodes())
     try:
-        check_plan(config, model_folder, _nodes())
+        check_plan(config, model_folder, nodes_of_cluster())
     except InputError as error:
         say(f"the run is not planned: {error}")
 
 
-def _nodes() -> list[Node]:
-    """The nodes that are there, and those that may be started, as a plan sees them."""
-    there = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    config = ray_state.get_cluster_config()
-    for kind in config.node_group_configs if config else []:
-        there += [dict(kind.resources)] * min(kind.max_count, MOST_NODES)
-    return [_node(f"node {number}", one) for number, one in enumerate(there, start=1)]
-
-
-def _node(name: str, resources: Resources) -> Node:
-    kinds = [key.removeprefix("accelerator_type:") for key in resources if key.startswith("accelerator_type:")]
-    gpu = next((DEVICE_OF[kind] for kind in kinds if kind in DEVICE_OF), None)
-    memory = DEVICES[gpu].memory if gpu is not None else None
-    return Node(name, resources.get("CPU", 0.0), int(resources.get("GPU", 0)), memory, gpu=gpu)
+def _check_places(config: Config, nodes: list[Resources]) -> None:
+    """Elastic workers are counted by what nodes have in all: engines must not be able to take it away."""
+    places = [TRAIN_PLACE]
+    if config.placement == "split" and len(nodes) > 1:
+        places.append(ENGINE_PLACE)
+    if missing := [place for place in places if not any(place in node for node in nodes)]:
+        raise ResourceError(
+            "train.workers: [least, most] needs nodes that say how many workers, and how many engines, they have room "
+            f"for, each what it is for: start some with `ray start --resources '{{\"{missing[0]}\": 8}}'`, or give "
+            "train.workers one number"
+        )
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
