@@ -11,6 +11,12 @@ before training; the others are those of round 1."""
 
 STEPS: tuple[Step, ...] = ("questions", "evaluate", "sample", "pairs", "train", "nothing")
 
+# How an engine goes about its work, not what comes of it; one that ran out of memory is helped by these.
+ENGINE_CARE = (
+    "block_size", "cpu_offload_gb", "disable_log_stats", "enable_prefix_caching", "enforce_eager",
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs",
+)  # fmt: skip
+
 # The longest key that fits counts; what is in none of them changes everything.
 FIRST_EFFECT: dict[str, Step] = {
     "name": "nothing",
@@ -23,6 +29,7 @@ FIRST_EFFECT: dict[str, Step] = {
     "engines.dtype": "evaluate",
     "engines.refresh": "evaluate",
     "engines.args": "evaluate",
+    **{f"engines.args.{name}": "nothing" for name in ENGINE_CARE},
     "sampling": "evaluate",
     "sampling.completions": "sample",
     "sampling.temperature": "sample",
@@ -33,8 +40,6 @@ FIRST_EFFECT: dict[str, Step] = {
     "preferences.extraction": "evaluate",
     "dco": "pairs",
     "train": "train",
-    "train.beta": "pairs",
-    "train.reference": "pairs",
     "train.workers": "nothing",
     "train.cpus_per_worker": "nothing",
     "train.max_failures": "nothing",
@@ -43,6 +48,8 @@ FIRST_EFFECT: dict[str, Step] = {
     "train.activation_checkpointing": "nothing",
     "train.shards": "nothing",
 }
+FIRST_EFFECT_OF_DCO: dict[str, Step] = {"train.beta": "pairs", "train.reference": "pairs"}
+"""Its pairs carry the margins that the reference leads to."""
 
 STEPS_OF_A_ROUND = ("sample", "pairs", "train", "evaluate")
 PARTS_OF = {
@@ -64,15 +71,17 @@ def differences(before: Any, after: Any, path: str = "") -> dict[str, str]:
     return {} if before == after else {path: f"{before!r} there, {after!r} here"}
 
 
-def first_effect(key: str) -> Step:
-    """Where a key of the configuration has its first effect."""
+def first_effect(key: str, method: str) -> Step:
+    """Where a key of the configuration has its first effect in a run of a method."""
+    effects = FIRST_EFFECT | (FIRST_EFFECT_OF_DCO if method == "dco" else {})
     words = key.split(".")
     prefixes = (".".join(words[:count]) for count in range(len(words), 0, -1))
-    return next((FIRST_EFFECT[prefix] for prefix in prefixes if prefix in FIRST_EFFECT), "questions")
+    return next((effects[prefix] for prefix in prefixes if prefix in effects), "questions")
 
 
-def earliest(keys: Iterable[str]) -> Step:
-    return min((first_effect(key) for key in keys), key=STEPS.index, default="nothing")
+def earliest(keys: Iterable[str], method: str) -> Step:
+    """The first of the steps in which some keys of the configuration have their first effect."""
+    return min((first_effect(key, method) for key in keys), key=STEPS.index, default="nothing")
 
 
 def invalid_stages(step: Step, there: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:

@@ -31,7 +31,7 @@ class OpenedRun:
             return self.run.start or Policy()
         if number not in finished:
             raise InputError(f"{self.run.uri}: round {number} has not been trained; there are {finished or 'none'}")
-        return Policy(**self.run.stage(number, "train").record["policy"])
+        return self.run.policy(number)
 
 
 def _run_in(storage: Storage) -> RunDir:

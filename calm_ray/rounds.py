@@ -25,8 +25,9 @@ from calm_ray.summary import summarise
 def align(config: Config, *, overwrite: bool = False, redo: bool = False) -> RunDir:
     """Runs a configuration from where it stands to its end; returns the run directory.
 
-    Raises InputError for bad input, before any engine starts, and for a run that is finished or differs in what was
-    done already, unless that is to be done again (`redo`).
+    A run that is finished is compared with its manifests, and left as it is where nothing is missing. Raises
+    InputError for bad input, before any engine starts, and for a run that differs in what was done already, unless
+    that is to be done again (`redo`).
     """
     run = RunDir(config.storage, config.name)
     say(f"run: {run.uri}")
@@ -38,6 +39,9 @@ def align(config: Config, *, overwrite: bool = False, redo: bool = False) -> Run
 def _align(config: Config, run: RunDir, *, overwrite: bool, redo: bool) -> None:
     settings = config.model_dump(mode="json")
     run.check(settings, overwrite, redo=redo)
+    if not overwrite and _is_whole(config, run):
+        say("it is finished: raise rounds to go on, or add --overwrite to delete it and start again")
+        return
     if config.method == "dco":
         say(check_gamma(config.dco, config.languages, config.train.beta))
     anew = overwrite or run.starts_over(settings)
@@ -59,6 +63,15 @@ def _align(config: Config, run: RunDir, *, overwrite: bool, redo: bool) -> None:
             check_storage(run.storage)  # again, for nodes that came with the engines
             take_questions(config, run, model, pool, inputs)
             run_to_end(config, run, model, pool)
+
+
+def _is_whole(config: Config, run: RunDir) -> bool:
+    """Whether a run has all that its configuration asks for, as it was written."""
+    settings = config.model_dump(mode="json")
+    if not run.is_complete(settings):
+        return False
+    mend(run)
+    return run.is_complete(settings)
 
 
 def run_to_end(config: Config, run: RunDir, model: BaseModel, pool: EnginePool) -> None:

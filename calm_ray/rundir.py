@@ -29,7 +29,7 @@ from pydantic import ValidationError
 
 from calm_ray.bad_prompts import FILE as BAD_PROMPTS
 from calm_ray.bad_prompts import BadPrompts
-from calm_ray.changes import PARTS_OF, STEPS_OF_A_ROUND, differences, earliest, invalid_stages
+from calm_ray.changes import PARTS_OF, STEPS_OF_A_ROUND, Step, differences, earliest, invalid_stages
 from calm_ray.config import Config
 from calm_ray.errors import InputError
 from calm_ray.policies import BaseModel, Policy
@@ -78,10 +78,8 @@ class RunDir:
     def bad_prompts(self) -> BadPrompts:
         return BadPrompts(self.storage)
 
-    def check(
-        self, config: dict[str, Any], overwrite: bool, *, redo: bool = False, may_be_finished: bool = False
-    ) -> None:
-        """Raises InputError where a finished run, or one that another configuration made, is in the way.
+    def check(self, config: dict[str, Any], overwrite: bool, *, redo: bool = False) -> None:
+        """Raises InputError where something else, or a run that another configuration made, is in the way.
 
         With `redo`, what a changed configuration makes invalid may be done again. Writes nothing.
         """
@@ -90,18 +88,13 @@ class RunDir:
             return
         if overwrite:
             return
-        changed, invalid = self._changes(config)
+        changed, _, invalid = self._changes(config)
         if invalid and not redo:
             lines = "\n".join(f"  {key}: {change}" for key, change in changed.items())
             raise InputError(
                 f"{self.uri} holds a run with another configuration:\n{lines}\n"
                 f"With this one, these would have to be done again: {', '.join(invalid)}.\n"
                 "Give this run another name, add --redo to do them again, or --overwrite to delete the whole run."
-            )
-        if self.is_complete(config) and not invalid and not may_be_finished:
-            raise InputError(
-                f"{self.uri} is finished. See it with `calm-ray show {self.uri}`; "
-                "raise rounds to go on, give this run another name, or add --overwrite to delete it and start again."
             )
 
     def _check_without_config(self, overwrite: bool) -> None:
@@ -114,15 +107,18 @@ class RunDir:
             )
 
     def is_complete(self, config: dict[str, Any]) -> bool:
-        """Whether the run is finished, and has all rounds that a configuration wants."""
-        return self.is_finished and config.get("rounds", 0) <= self.config.get("rounds", 0)
+        """Whether the run is finished, has all rounds that a configuration wants, and none would be done otherwise."""
+        if not self.is_finished or config.get("rounds", 0) > self.config.get("rounds", 0):
+            return False
+        _, _, invalid = self._changes(config)
+        return not invalid and all(stage.is_finished for stage in self.all_stages().values())
 
-    def _changes(self, config: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-        """The keys that differ, each with how, and the parts of the run that this makes invalid."""
+    def _changes(self, config: dict[str, Any]) -> tuple[dict[str, str], Step, list[str]]:
+        """The keys that differ, each with how, their first effect, and the parts of the run that it makes invalid."""
         changed = differences(_with_new_keys(self.config), config)
-        step = earliest(changed)
+        step = earliest(changed, str(config.get("method")))
         first = [part for part in BEFORE_ROUNDS if self.storage.exists(part)] if step == "questions" else []
-        return changed, first + [_path(stage) for stage in invalid_stages(step, self.stages())]
+        return changed, step, first + [_path(stage) for stage in invalid_stages(step, self.stages())]
 
     def begin(self, config: dict[str, Any], about: dict[str, Any], overwrite: bool) -> list[str]:
         """Makes the directory of a new run; one that is gone on with keeps what is still valid in it.
@@ -137,9 +133,9 @@ class RunDir:
             self.storage.delete("")
             self.storage.write_json(CONFIG_FILE, {"config": config, **about})
             return []
-        changed, invalid = self._changes(config)
+        changed, step, invalid = self._changes(config)
         if changed:
-            found_out = ["evaluations", BAD_PROMPTS] if earliest(changed) not in ("train", "nothing") else []
+            found_out = ["evaluations", BAD_PROMPTS] if step not in ("train", "nothing") else []
             for part in ["finished.json", *found_out, *invalid]:
                 self.storage.delete(part)
             # Last: a deletion that was interrupted begins again.
@@ -149,7 +145,7 @@ class RunDir:
 
     def starts_over(self, config: dict[str, Any]) -> bool:
         """Whether a changed configuration leaves nothing of the run that is here, its model and start included."""
-        return self.storage.exists(CONFIG_FILE) and earliest(self._changes(config)[0]) == "questions"
+        return self.storage.exists(CONFIG_FILE) and self._changes(config)[1] == "questions"
 
     def stages(self) -> list[tuple[int, str]]:
         """The stages that have begun, (round, name), in the order in which a run makes them."""
@@ -180,7 +176,18 @@ class RunDir:
     @property
     def start(self) -> Policy | None:
         """The copy of an earlier run's policy that this run starts from (`init_from`); None where there is none."""
-        return Policy(**self._read("start.json")) if self.storage.exists("start.json") else None
+        return self._here(Policy(**self._read("start.json"))) if self.storage.exists("start.json") else None
+
+    def policy(self, round_number: int) -> Policy:
+        """The policy that a round ended with; the round's training must be finished."""
+        return self._here(Policy(**self.stage(round_number, "train").record["policy"]))
+
+    def _here(self, policy: Policy) -> Policy:
+        """A policy where it lies in this run, which may have been moved or copied since."""
+        if policy.kind == "base":
+            return policy
+        folder = f"rounds/{policy.round}/train/policy" if policy.round else "start"
+        return replace(policy, location=self.storage.uri(folder))
 
     def share_model(self, model: BaseModel, folder: Path) -> BaseModel:
         """Notes the run's model, once, as every node can get it: the demo's is put into the run."""
@@ -195,7 +202,10 @@ class RunDir:
     @property
     def model(self) -> BaseModel | None:
         """The model that the run started from; None before it has one."""
-        return BaseModel(**self._read("model.json")) if self.storage.exists("model.json") else None
+        if not self.storage.exists("model.json"):
+            return None
+        model = BaseModel(**self._read("model.json"))
+        return replace(model, location=self.storage.uri("model")) if model.location else model
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

@@ -141,7 +141,7 @@ class Stages:
         """The policy of this round; without pairs there is nothing to learn, and it stays the one it starts from."""
         stage = self.run.stage(number, "train")
         if stage.is_finished:
-            return Policy(**stage.record["policy"])
+            return self.run.policy(number)
         started = time.monotonic()
         pairs = self.run.stage(number, "pairs")
         policy = start

@@ -83,7 +83,7 @@ def _policies(contender: Contender) -> Iterator[tuple[int, Policy]]:
         yield 0, run.start or Policy()
     for number in range(1, config.rounds + 1):
         if run.stage(number, "train").is_finished:
-            yield number, Policy(**run.stage(number, "train").record["policy"])
+            yield number, run.policy(number)
 
 
 def _take(stage: Stage, other: Stage, policy: str | None = None) -> None:

@@ -172,7 +172,6 @@ def test_a_damaged_run_makes_again_what_is_damaged(undisturbed: RunDir, recipe: 
     manifest.write_bytes(manifest.read_bytes()[:-9])
     adapter = folder / "rounds/1/train/policy/adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:200])
-    undisturbed.storage.delete("finished.json")
     output = finish(recipe)
     for damaged in ("rounds/0/evaluate", "rounds/1/sample", "rounds/1/votes", "rounds/1/evaluate", "rounds/1/train"):
         assert f"{damaged}: 1 files are gone or not what was written" in output

@@ -99,8 +99,13 @@ def test_the_first_loss_is_ln_2(finished: tuple[RunDir, str]) -> None:
 def test_what_is_finished_is_not_run_again(
     finished: tuple[RunDir, str], recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["align", str(recipe)]) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    run, _ = finished
+    before = run.storage.read("summary.json")
+    assert main(["align", str(recipe)]) == 0
+    output = capsys.readouterr().out
+    assert "it is finished" in output
+    assert "engine" not in output
+    assert run.storage.read("summary.json") == before
     assert main(["align", str(recipe), "train.beta=0.2"]) == 2
     message = capsys.readouterr().err
     assert "train.beta: 0.1 there, 0.2 here" in message

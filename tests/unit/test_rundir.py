@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -6,6 +7,7 @@ import pytest
 
 from calm_ray.changes import earliest, invalid_stages
 from calm_ray.errors import CalmRayError, InputError
+from calm_ray.mending import mend
 from calm_ray.policies import BaseModel, Policy, fetch, publish, require_safetensors
 from calm_ray.recipes import load_config
 from calm_ray.rundir import RunDir
@@ -50,31 +52,34 @@ def test_what_a_changed_configuration_makes_invalid_is_done_again_when_told(tmp_
     run = started(tmp_path)
     for number, name in [(0, "evaluate"), (1, "sample"), (1, "votes"), (1, "pairs"), (1, "train"), (2, "sample")]:
         run.stage(number, name).finish({})
-    changed = {"name": "run", "train": {"epochs": 3, "beta": 0.2}}
+    changed = CONFIG | {"preferences": {"ties": "drop"}}
     run.check(changed, overwrite=False, redo=True)
     said = run.begin(changed, {}, overwrite=False)
-    assert said[0] == "changed: train.beta: 0.1 there, 0.2 here"
+    assert said[0] == "changed: preferences: None there, {'ties': 'drop'} here"
     assert run.stages() == [(0, "evaluate"), (1, "sample")]
     run.check(changed, overwrite=False)
     assert run.begin(changed, {}, overwrite=False) == []
 
 
 @pytest.mark.parametrize(
-    ("keys", "step"),
+    ("keys", "method", "step"),
     [
-        (["train.workers", "engines.cpus", "rounds"], "nothing"),
-        (["train.workers", "train.learning_rate"], "train"),
-        (["train.beta"], "pairs"),
-        (["preferences.ties", "train.epochs"], "pairs"),
-        (["sampling.temperature"], "sample"),
-        (["engines.dtype", "method"], "evaluate"),
-        (["languages", "train.epochs"], "questions"),
-        (["a_key_that_comes_later"], "questions"),
-        ([], "nothing"),
+        (["train.workers", "engines.cpus", "rounds"], "calm", "nothing"),
+        (["engines.args.gpu_memory_utilization", "engines.args.max_num_seqs"], "calm", "nothing"),
+        (["engines.args.max_model_len"], "calm", "evaluate"),
+        (["train.workers", "train.learning_rate"], "calm", "train"),
+        (["train.beta"], "calm", "train"),
+        (["train.beta"], "dco", "pairs"),
+        (["preferences.ties", "train.epochs"], "calm", "pairs"),
+        (["sampling.temperature"], "calm", "sample"),
+        (["engines.dtype", "method"], "calm", "evaluate"),
+        (["languages", "train.epochs"], "calm", "questions"),
+        (["a_key_that_comes_later"], "calm", "questions"),
+        ([], "calm", "nothing"),
     ],
 )
-def test_a_change_has_its_first_effect_somewhere(keys: list[str], step: str) -> None:
-    assert earliest(keys) == step
+def test_a_change_has_its_first_effect_somewhere(keys: list[str], method: str, step: str) -> None:
+    assert earliest(keys, method) == step
 
 
 def test_more_rounds_go_on_with_a_finished_run(tmp_path: Path) -> None:
@@ -82,24 +87,51 @@ def test_more_rounds_go_on_with_a_finished_run(tmp_path: Path) -> None:
     run.begin({"rounds": 1}, {}, overwrite=False)
     run.stage(1, "train").finish({})
     run.finish({})
-    with pytest.raises(InputError, match="raise rounds to go on"):
-        run.check({"rounds": 1}, overwrite=False)
+    assert run.is_complete({"rounds": 1})
+    assert not run.is_complete({"rounds": 2})
     run.check({"rounds": 2}, overwrite=False)
     run.begin({"rounds": 2}, {}, overwrite=False)
     assert not run.is_finished
     assert run.stage(1, "train").is_finished
 
 
-def test_a_finished_run_is_refused_and_overwritten_only_when_told(tmp_path: Path) -> None:
+def test_a_finished_run_is_left_alone_and_overwritten_when_told(tmp_path: Path) -> None:
     run = started(tmp_path)
     run.stage(1, "sample").finish({})
     run.finish({})
-    with pytest.raises(InputError, match="--overwrite"):
-        run.check(CONFIG, overwrite=False)
+    run.check(CONFIG, overwrite=False)
+    assert run.is_complete(CONFIG)
+    assert not run.is_complete(CONFIG | {"sampling": {"temperature": 0.5}})
     run.check(CONFIG, overwrite=True)
     assert run.stage(1, "sample").is_finished  # checking deletes nothing
     run.begin(CONFIG, {}, overwrite=True)
     assert not run.stage(1, "sample").is_finished
+
+
+def test_a_finished_run_that_lost_a_stage_is_not_complete(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    run.stage(1, "sample").write("00000-en", pa.table({"n": [1]}))
+    run.stage(1, "sample").finish({})
+    run.finish({})
+    Path(run.storage.path("rounds/1/sample/00000-en.parquet")).write_bytes(b"rotten")
+    mend(run)
+    assert not run.is_complete(CONFIG)
+
+
+def test_a_run_that_was_moved_finds_its_policies(tmp_path: Path) -> None:
+    run = started(tmp_path / "before")
+    first = run.share_model(BaseModel("world-0", sha256="abc"), adapter(tmp_path / "model"))
+    train = run.stage(1, "train")
+    policy = publish(adapter(tmp_path / "policy"), train.storage, "policy", 1, "adapter")
+    train.finish({"policy": policy.as_json()})
+    run.stage(2, "train").finish({"policy": policy.as_json()})  # without pairs the policy stays what it was
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = RunDir(str(tmp_path / "after"), "run")
+    assert moved.model == replace(first, location=str(tmp_path / "after/run/model"))
+    for number in (1, 2):
+        assert moved.policy(number) == replace(policy, location=str(tmp_path / "after/run/rounds/1/train/policy"))
+    run.stage(1, "train").finish({"policy": Policy().as_json()})
+    assert run.policy(1) == Policy()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
