@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,20 +108,18 @@ def _kinds_of_nodes() -> list[Resources]:
 def check_layout(config: Config, model_folder: Path) -> None:
     """Raises ResourceError where the nodes that are there, or may be started, cannot hold a run, memory included.
 
-    With `train.workers: [least, most]` they must say how many places they have to train.
-
     A model whose configuration says too little for a plan is left to the engines.
     """
     if config.train.is_elastic and config.rounds:
-        _check_places(config, _kinds_of_nodes())
+        check_places(config, _kinds_of_nodes())
     try:
         check_plan(config, model_folder, nodes_of_cluster())
     except InputError as error:
         say(f"the run is not planned: {error}")
 
 
-def _check_places(config: Config, nodes: list[Resources]) -> None:
-    """Elastic workers are counted by what nodes have in all: engines must not be able to take it away."""
+def check_places(config: Config, nodes: Sequence[Resources]) -> None:
+    """Raises ResourceError where engines could take what elastic workers are counted by: all that nodes have."""
     places = [TRAIN_PLACE]
     if config.placement == "split" and len(nodes) > 1:
         places.append(ENGINE_PLACE)

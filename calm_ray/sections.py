@@ -304,7 +304,7 @@ class Train(Section):
     """Ray Train's workers. [least, most]: as many as there are places for, more and fewer as machines come and go
     (LoRA). Places are the cluster's resource `calm_ray_train`."""
     max_failures: Budget = 3
-    """How often lost workers are started anew in one round; machines that are taken back do not count."""
+    """How often workers may be lost without a new checkpoint in between; machines that are taken back do not count."""
     checkpoint_steps: Count = 100
     """Steps between two checkpoints; there is one at the end of every epoch, too."""
     cpus_per_worker: NonNegative = 1.0

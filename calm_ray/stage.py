@@ -62,6 +62,11 @@ class Stage:
         """Names of the chunks that are there, each written whole."""
         return {name.removesuffix(".parquet") for name in self.names() if name.endswith(".parquet")}
 
+    def has(self, chunk: str) -> bool:
+        """Whether one chunk is there."""
+        is_entered = self.storage.exists(f"{ENTRIES}/{chunk}.parquet.json")
+        return is_entered or (self.is_finished and chunk in self.chunks())
+
     def names(self) -> set[str]:
         """Names of the files in the manifest."""
         gathered = self.storage.read_json(MANIFEST) if self.storage.exists(MANIFEST) else {}

@@ -30,11 +30,11 @@ class Translator(Protocol):
 class ModelTranslator:
     """The model itself, prompted through the engines.
 
-    `write` takes messages and returns the model's replies, in batches. A reply counts only if the same letter can be
-    read from it in the target language.
+    `write` takes messages and returns the model's replies, in batches, None where there is none. A reply counts only if
+    the same letter can be read from it in the target language.
     """
 
-    def __init__(self, write: Callable[[list[str]], list[str]]) -> None:
+    def __init__(self, write: Callable[[list[str]], Sequence[str | None]]) -> None:
         self._write = write
 
     def carry(self, passages: Sequence[Passage]) -> list[str | None]:
@@ -58,8 +58,8 @@ def _request(passage: Passage) -> str:
     )
 
 
-def _checked(passage: Passage, reply: str) -> str | None:
-    text = reply.strip()
+def _checked(passage: Passage, reply: str | None) -> str | None:
+    text = (reply or "").strip()
     if passage.answer is None:
         return text or None
     return text if extract_answer(text, passage.target, passage.letters) == passage.answer else None

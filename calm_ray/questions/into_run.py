@@ -13,7 +13,13 @@ from calm_ray.questions.parallel import BAD_ROWS, as_lines
 from calm_ray.questions.reader import Intake, write_chunks
 from calm_ray.questions.records import BadRow
 from calm_ray.questions.seq2seq import Seq2SeqTranslator
-from calm_ray.questions.translation import ModelQuestionTranslator, QuestionTranslator, Report, translate_missing
+from calm_ray.questions.translation import (
+    BATCH,
+    ModelQuestionTranslator,
+    QuestionTranslator,
+    Report,
+    translate_missing,
+)
 from calm_ray.rows import BASE_POLICY, Question
 from calm_ray.rundir import RunDir
 from calm_ray.sampling.pool import EnginePool
@@ -78,7 +84,8 @@ def _translator(config: Config, own: BaseModel, pool: EnginePool) -> QuestionTra
     most = config.sampling.max_new_tokens
     if config.questions.translate == "model":
         identity = f"{own.name} {own.sha256} {BASE_POLICY} {most}"
-        return ModelQuestionTranslator(lambda messages: pool.writers(messages, most), identity)
+        batch = BATCH * len(pool.members)
+        return ModelQuestionTranslator(lambda messages: pool.writers(messages, most), identity, batch)
     # It takes the places of the training workers, which are not at work yet.
     train, gpus = config.train, 1.0 if config.device == "gpu" else 0.0
     model = BaseModel(str(config.questions.translate))

@@ -17,7 +17,7 @@ from typing import Protocol, TypedDict, cast
 
 from calm_ray.errors import InputError
 from calm_ray.languages import LANGUAGES
-from calm_ray.progress import step
+from calm_ray.progress import say, step
 from calm_ray.rows import Question, rows_of, table
 from calm_ray.sampling.prompts import LETTERS
 from calm_ray.storage import Storage
@@ -62,7 +62,7 @@ class QuestionTranslator(Protocol):
         """Raises InputError for a language that the translator does not know, before anything is started."""
 
     def translate(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        """Every request once with its translation, each as soon as it is there, in any order."""
+        """Every request that got any reply once with its translation, each as soon as it is there, in any order."""
 
 
 class Count(TypedDict):
@@ -110,7 +110,7 @@ def translate_missing(
     answers, cached = _answers(list(wanted.values()), translator, TranslationCache(storage, translator.identity))
     report = {target: Count(asked=0, cached=0, translated=0, failed=0, identical=0) for target in targets}
     for (question_id, target), request in wanted.items():
-        wording, count = answers[request], report[target]
+        wording, count = answers.get(request), report[target]
         count["asked"] += 1
         count["cached"] += request in cached
         if wording is None:
@@ -144,7 +144,7 @@ def _in_order(by_id: Mapping[str, Mapping[str, Question]], languages: Sequence[s
 def _answers(
     requests: Sequence[Request], translator: QuestionTranslator, cache: TranslationCache
 ) -> tuple[dict[Request, Wording | None], set[Request]]:
-    """The translation of every request, and which of them the cache knew."""
+    """The translation of every request that got one, and which of them the cache knew."""
     distinct = list(dict.fromkeys(requests))
     answers = cache.read(distinct)
     cached, unknown = set(answers), [request for request in distinct if request not in answers]
@@ -163,6 +163,8 @@ def _answers(
                 batch.clear()
         for batch in filter(None, fresh.values()):
             cache.write(batch)
+    if lost := len(distinct) - len(answers):
+        say(f"  {lost} questions got no reply, as engines died of them; they are not kept as failed, but asked again")
     return answers, cached
 
 
@@ -178,8 +180,9 @@ class TranslationCache:
     """What a translator said before, in Parquet: a folder per translator and pair of languages, files written once.
 
     A file is named by the hash of its keys, so that runs side by side never write different things under one name.
-    Failures are kept as well: a translator that decodes greedily would fail the same way again. To have them tried
-    again, delete the folder, or change what the identity names (the model, its policy, the length of its replies).
+    Failures are kept as well: a translator that decodes greedily would fail the same way again; where it said nothing,
+    nothing is kept. To have failures tried again, delete the folder, or change what the identity names (the model, its
+    policy, the length of its replies).
     """
 
     def __init__(self, storage: Storage, translator: str) -> None:
@@ -242,11 +245,12 @@ _OPTION = re.compile(r"([A-ZＡ-Ｚ])\s*[.．、:：)）]\s*(.+)")
 class ModelQuestionTranslator:
     """The model itself: one prompt per question, with its lettered options.
 
-    `write` takes messages, `batch` at a time, and returns the model's greedy replies. `identity` must name what decides
-    about a reply: the model, its policy, and the longest reply; the prompt's own wording is added to it.
+    `write` takes messages, `batch` at a time, and returns the model's greedy replies, None where there is none.
+    `identity` must name what decides about a reply: the model, its policy, and the longest reply; the prompt's own
+    wording is added to it.
     """
 
-    def __init__(self, write: Callable[[list[str]], list[str]], identity: str, batch: int = BATCH) -> None:
+    def __init__(self, write: Callable[[list[str]], Sequence[str | None]], identity: str, batch: int = BATCH) -> None:
         self._write, self._batch = write, batch
         self.identity = f"{identity} prompt-{hashlib.sha256(PROMPT.encode()).hexdigest()[:8]}"
 
@@ -257,7 +261,8 @@ class ModelQuestionTranslator:
         for first in range(0, len(requests), self._batch):
             batch = requests[first : first + self._batch]
             for request, reply in zip(batch, self._write([prompt_of(one) for one in batch]), strict=True):
-                yield request, parse_reply(request.wording, reply)
+                if reply is not None:
+                    yield request, parse_reply(request.wording, reply)
 
 
 def prompt_of(request: Request) -> str:

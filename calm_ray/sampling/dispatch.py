@@ -2,7 +2,7 @@
 
 An engine that dies under a chunk is an accident: the chunk goes to another engine. One that dies under it again makes
 the chunk suspicious: halves of it are tried, without writing anything, until the prompt is found that ends every engine
-it is given to. The chunk is then done without that prompt.
+it is given to, twice by itself. The chunk is then done without that prompt.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from calm_ray.sampling.chunks import ChunkTask
 
 ACCIDENTS = 2
 """Engines that may die under a chunk before its prompts are suspected."""
+DEATHS_ALONE = 2
+"""Engines that must die under a prompt by itself before it is blamed: one death may be an accident."""
 FRUITLESS = 2
 """Searches of a chunk that may find nothing."""
 BAD_IN_A_ROW = 3
-"""Bad prompts that may be found without a single success between them, before the engines themselves are blamed."""
+"""Bad prompts that may be found without a single success between them. If engines then die under another one too, they
+are blamed themselves."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class _Suspicion:
     accidents: int = 0
     searches: int = 0
     suspects: list[str] = field(default_factory=list)
+    alone: int = 0
+    """Engines that died under the prompt that is tried by itself."""
 
 
 class Dispatcher:
@@ -90,13 +95,14 @@ class Dispatcher:
             self._open -= 1
             return True
         suspicion = self._of[task.name]
+        suspicion.alone = 0
         innocent = set(task.only)
         suspicion.suspects = [one for one in suspicion.suspects if one not in innocent]
         self._search_on(task)
         return False
 
     def not_begun(self, task: ChunkTask) -> None:
-        """A task that never reached its engine is given out again."""
+        """A task that never reached its engine, or whose machine was lost, is given out again."""
         self._first.append(task)
 
     def died(self, task: ChunkTask, error: str) -> bool:
@@ -113,7 +119,8 @@ class Dispatcher:
                 self._begin_search(task, error)
             return False
         suspicion.suspects = list(task.only)
-        if len(task.only) > 1:
+        suspicion.alone += len(task.only) == 1
+        if suspicion.alone < DEATHS_ALONE:
             self._search_on(task)
         else:
             self._blame(task, error)
@@ -147,8 +154,8 @@ class Dispatcher:
         self.bad.append(Blamed(question_id, task.language, task.chunk, error))
         self._on_bad(self.bad)  # before its chunk is done without it
         self._bad_in_a_row += 1
-        if self._bad_in_a_row >= BAD_IN_A_ROW:
-            del self.bad[-BAD_IN_A_ROW:]
+        if self._bad_in_a_row > BAD_IN_A_ROW:
+            del self.bad[-self._bad_in_a_row :]
             self._on_bad(self.bad)
             raise CalmRayError(
                 f"engines end whatever they are given: {self._bad_in_a_row} prompts in a row, and nothing was done "
@@ -160,9 +167,11 @@ class Dispatcher:
                 f"engines.max_bad_prompts ({self._most_bad}); they are listed in bad_prompts.parquet. "
                 f"The last one: {question_id} in {task.language}: {error}"
             )
-        suspicion = self._of[task.name]
-        suspicion.accidents, suspicion.searches, suspicion.suspects = ACCIDENTS - 1, 0, []
-        self._first.append(replace(task, only=None, without=task.without | {question_id}))
+        self._of[task.name] = _Suspicion(accidents=ACCIDENTS - 1)
+        rest = replace(task, only=None, without=task.without | {question_id})
+        # Bad prompts may stand side by side: before the engines are blamed, one from the chunk's other end is tried.
+        others = [row["question_id"] for row in rest.read()] if self._bad_in_a_row == BAD_IN_A_ROW else []
+        self._first.append(replace(rest, only=(others[-1],)) if others else rest)
 
 
 def without_bad(tasks: Sequence[ChunkTask], bad: Iterable[tuple[str, str]]) -> list[ChunkTask]:

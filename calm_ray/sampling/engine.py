@@ -33,20 +33,23 @@ class EngineActor:
     def __init__(self, spec: EngineSpec, number: int = 0, pulse_name: str | None = None) -> None:
         self._generator: VLLMGenerator | None = None
         self._leash: Leash | None = None
+        self._number = number
         self._pulse = ray.get_actor(pulse_name) if pulse_name is not None else None
         if self._pulse is not None:
-            ray.get(self._pulse.started.remote(number))
-            threading.Thread(target=self._beat, args=(number, self._pulse), daemon=True).start()
+            ray.get(self._pulse.started.remote(number, ray.get_runtime_context().get_node_id()))
+            threading.Thread(target=self._beat, args=(self._pulse,), daemon=True).start()
             while ray.get(self._pulse.is_night.remote()):
                 time.sleep(BEAT_SECONDS)
         self._generator = VLLMGenerator(spec)
         self._leash = Leash() if spec.engines.process == "child" else None
 
-    def _beat(self, number: int, pulse: Any) -> None:
+    def _beat(self, pulse: Any) -> None:
         while True:
             generator = self._generator
-            steps, at_work = (generator.steps, generator.is_at_work) if generator is not None else (0, False)
-            pulse.beat.remote(number, steps, at_work)
+            if generator is None:
+                pulse.beat.remote(self._number, 0, False, False)
+            else:
+                pulse.beat.remote(self._number, generator.steps, generator.is_at_work, generator.is_asleep)
             if self._leash is not None and not self._leash.all_alive:
                 os._exit(1)  # vLLM may wait for its core for ever; Ray starts this process again
             time.sleep(BEAT_SECONDS)
@@ -67,7 +70,7 @@ class EngineActor:
 
     def _begin(self, ticket: int, policy: Policy) -> None:
         if self._pulse is not None:
-            ray.get(self._pulse.begins.remote(ticket))
+            ray.get(self._pulse.begins.remote(ticket, self._number))
         self.load(policy)
 
     def sleep(self) -> None:
@@ -112,8 +115,9 @@ class EngineActor:
 
 
 def _put(task: ChunkTask, kind: type, rows: Sequence[Any], **counts: int) -> dict[str, int]:
-    """Writes a task's rows, if it is not a trial; returns their counts."""
-    if task.only is None:
+    """Writes a task's rows, if it is not a trial and nobody else has done it meanwhile; returns their counts."""
+    # An engine that was taken for dead while out of reach may come with its own rows later.
+    if task.only is None and not task.output.has(task.name):
         task.output.write(task.name, table(kind, rows), counts=counts)
     return {"rows": len(rows), **counts}
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.health import NEXT, Health
@@ -32,8 +33,10 @@ class Member:
     task: ChunkTask | None = None
     has_run: bool = False
     """Whether it has ever come up."""
+    has_failed: bool = False
+    """Whether it has ever failed to come up."""
     starts: int = 0
-    """How often it had been started when it last died."""
+    """How often it had been started when it last came up or died."""
     deaths: int = 0
     """Since it last finished something."""
 
@@ -46,12 +49,25 @@ class Member:
         """Whether its last call is some time ago: one that is not up yet says so at once."""
         return time.monotonic() - self.since > POLL_SECONDS
 
+    def starts_since(self, starts: dict[int, int]) -> int:
+        """How often it was started since it last came up or died.
+
+        `starts` counts the starts of each engine (`Pulse.starts`); fewer than before where that count began anew.
+        """
+        self.starts = min(self.starts, starts.get(self.number, 0))
+        return starts.get(self.number, 0) - self.starts
+
     def becomes(self, health: Health) -> None:
         assert health in NEXT[self.health], f"{self.name}: {self.health} to {health}"
         self.health = health
 
     def calls(self, call: ray.ObjectRef[Any], task: ChunkTask | None = None) -> None:
         self.call, self.task, self.since = call, task, time.monotonic()
+
+
+def none_will_start(members: Sequence[Member], starts: dict[int, int]) -> bool:
+    """Whether every engine that has begun so far (`Pulse.starts`) has failed to come up."""
+    return all(one.has_failed and not one.has_run for one in members if one.number in starts)
 
 
 def reason_of(error: Exception) -> str:
@@ -61,6 +77,13 @@ def reason_of(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
     return re.sub(r"^calm_ray\.errors\.\w+: ", "", last)
+
+
+def is_machine_lost(error: RayError, node: str | None) -> bool:
+    """Whether an engine has died with its node, as far as Ray knows by now."""
+    if not isinstance(error, RayActorError):
+        return False
+    return error.preempted or (node is not None and node not in {n["NodeID"] for n in ray.nodes() if n["Alive"]})
 
 
 def remote_traceback(error: Exception) -> str:

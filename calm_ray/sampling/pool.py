@@ -16,20 +16,17 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from calm_ray.cluster import WAIT_SECONDS, free_resources, on_this_node
 from calm_ray.errors import CalmRayError
 from calm_ray.policies import Policy
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.dispatch import Dispatcher
-from calm_ray.sampling.engine import Engine
-from calm_ray.sampling.health import Health, Pulse
-from calm_ray.sampling.member import POLL_SECONDS, Member, reason_of, remote_traceback
+from calm_ray.sampling.health import Health, Patience, Pulse
+from calm_ray.sampling.member import POLL_SECONDS, Member, is_machine_lost, none_will_start, reason_of, remote_traceback
 from calm_ray.sampling.spec import EngineSpec
+from calm_ray.sampling.starter import Starter
 from calm_ray.sampling.writers import Writers
 
 
@@ -42,8 +39,8 @@ class EnginePool:
         self.spec, self._say = spec, say
         self._settings = spec.engines
         self.policy = Policy()
-        self._groups: dict[int, PlacementGroup] = {}
         self.members: list[Member] = []
+        self._late: set[int] = set()  # engines that writers have waited for in vain
         self._said = time.monotonic()
         # By name: an engine that is started again must not depend on a reference that may be lost meanwhile.
         self._pulse_name = f"pulse-{uuid.uuid4().hex}"
@@ -52,31 +49,15 @@ class EnginePool:
             "scheduling_strategy": on_this_node(),
         }  # fmt: skip
         self._tickets = itertools.count(1)
+        self._starter = Starter(spec, self._pulse_name)
         self._pulse = ray.remote(Pulse).options(**options).remote()
         try:
             for number, home in enumerate(spec.engines.homes(languages), start=1):
-                self.members.append(Member(number, home, self._create(number, home)))
+                self.members.append(Member(number, home, self._starter.start(number)))
             self._drive_until(lambda: len(self._with(Health.HEALTHY)) >= self._settings.min_engines)
         except BaseException:
             self.close()
             raise
-
-    def _create(self, number: int, home: str | None) -> ActorHandle[Any]:
-        spec = self.spec
-        options: dict[str, Any] = {"max_restarts": -1}
-        if spec.device == "cpu" or spec.engines.tensor_parallel_size == 1:
-            options |= {"num_cpus": spec.needs["CPU"], "num_gpus": spec.needs.get("GPU", 0)}
-        else:
-            options |= {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": self._in_group(number)}
-        return Engine.options(**options).remote(spec, number, self._pulse_name)
-
-    def _in_group(self, number: int) -> PlacementGroupSchedulingStrategy:
-        """Into one bundle for each GPU of the engine, all on one node: vLLM starts its workers inside this group."""
-        if number not in self._groups:
-            bundle = {"GPU": self.spec.gpu_share, "CPU": 1.0}
-            bundles = [bundle] * self.spec.engines.tensor_parallel_size
-            self._groups[number] = placement_group(bundles, strategy="STRICT_PACK", name=f"engine-{number}")
-        return PlacementGroupSchedulingStrategy(self._groups[number], 0, placement_group_capture_child_tasks=True)
 
     def _with(self, *health: Health) -> list[Member]:
         return [member for member in self.members if member.health in health]
@@ -105,10 +86,12 @@ class EnginePool:
             yield from self._turn(work)
 
     def _drive_until(self, is_done: Callable[[], bool]) -> None:
-        nothing = Dispatcher([], 0)
+        nothing, since = Dispatcher([], 0), time.monotonic()
         while not is_done():
             for _ in self._turn(nothing):
                 pass
+            if time.monotonic() - since > WAIT_SECONDS:
+                self._say_what_is_waited_for()
 
     def _turn(self, work: Dispatcher) -> Iterator[tuple[ChunkTask, dict[str, int]]]:
         """Waits for whatever ends first, a second at most, and looks after every engine."""
@@ -136,6 +119,7 @@ class EnginePool:
             return
         if member.health is Health.RESTARTING:
             member.has_run = True
+            member.starts = self._starts().get(member.number, 0)
             member.becomes(Health.STALE)
         elif task is None and member.health is Health.STALE:
             if result == self.policy.name:
@@ -152,20 +136,29 @@ class EnginePool:
         if member.health is Health.RESTARTING and isinstance(error, ActorUnavailableError):
             return  # not yet
         is_lost = isinstance(error, RayActorError) and error.actor_init_failed
-        if is_lost and not any(one.has_run for one in self.members):
+        starts = self._starts()
+        member.has_failed |= is_lost
+        if is_lost and none_will_start(self.members, starts):
             raise CalmRayError(f"{member.name} did not start: {reason_of(error)}\n{remote_traceback(error)}") from error
-        self._end(member, task, work, reason_of(error), kill=not isinstance(error, RayActorError))
+        # Ray calls "unavailable" what died and what is only out of reach, which might go on with its chunk.
+        is_dead = isinstance(error, ActorDiedError) or bool(member.starts_since(starts))
+        kill = not (isinstance(error, RayActorError) and is_dead)
+        node = ray.get(self._pulse.node_under.remote(task.ticket)) if task is not None else None
+        self._end(member, task, work, reason_of(error), kill=kill, is_innocent=is_machine_lost(error, node))
         if is_lost and member.health is Health.RESTARTING:  # Ray does not start such a one again
-            member.actor = self._create(member.number, member.home)
+            member.actor, member.starts = self._starter.start(member.number), starts.get(member.number, 0)
 
-    def _end(self, member: Member, task: ChunkTask | None, work: Dispatcher, why: str, *, kill: bool) -> None:
+    def _end(
+        self, member: Member, task: ChunkTask | None, work: Dispatcher, why: str, *, kill: bool,
+        is_innocent: bool = False,
+    ) -> None:  # fmt: skip
         """An engine is dead: its chunk goes to another one, and it is started again, unless it died too often."""
         member.becomes(Health.DEAD)
         member.call = member.task = None
         member.deaths += 1
         found = len(work.bad)
-        if task is not None and not ray.get(self._pulse.has_begun.remote(task.ticket)):
-            work.not_begun(task)  # it was dead already
+        if task is not None and (is_innocent or not ray.get(self._pulse.has_begun.remote(task.ticket))):
+            work.not_begun(task)  # it was dead already, or its machine is lost
         elif task is not None and work.died(task, why):
             member.deaths -= 1
         if len(work.bad) > found:
@@ -179,10 +172,14 @@ class EnginePool:
         doing = f" at {task.name}" if task is not None else ""
         self._say(f"{member.name} died{doing}: {why}; it is started again")
         if kill:
-            ray.kill(member.actor, no_restart=False)
+            self._start_over(member)
         member.becomes(Health.RESTARTING)
         member.since = time.monotonic()
-        member.starts = ray.get(self._pulse.starts.remote()).get(member.number, 0)
+
+    def _start_over(self, member: Member) -> None:
+        """Ends its process; Ray starts it again."""
+        ray.kill(member.actor, no_restart=False)
+        member.starts, member.call, member.since = self._starts().get(member.number, 0), None, time.monotonic()
 
     def _retire(self, member: Member, why: object) -> None:
         member.becomes(Health.RETIRED)
@@ -202,63 +199,87 @@ class EnginePool:
         silence, starts, ages = ray.get([sign.remote() for sign in signs])
         now, settings = time.monotonic(), self._settings
         for member in self._with(Health.RESTARTING):
-            tries = starts.get(member.number, 0) - member.starts
+            tries = member.starts_since(starts)
             if tries > settings.max_restarts + 1:
                 member.becomes(Health.DEAD)
                 self._retire(member, "it does not come up")
-            elif tries and ages[member.number] > settings.chunk_seconds:
-                self._hangs(member, work, f"not started after {settings.chunk_seconds:g} s")
+            elif tries and ages.get(member.number, 0.0) > settings.chunk_seconds:
+                self._end(member, member.task, work, f"not started after {settings.chunk_seconds:g} s", kill=True)
         for member in self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE):
             silent = silence.get(member.number, 0.0)
             if member.call is not None and now - member.since > settings.chunk_seconds:
-                self._hangs(member, work, f"not done after {settings.chunk_seconds:g} s")
+                self._end(member, member.task, work, f"not done after {settings.chunk_seconds:g} s", kill=True)
             elif silent > settings.silent_seconds:
-                self._hangs(member, work, f"no sign of life for {silent:.0f} s")
+                self._end(member, member.task, work, f"no sign of life for {silent:.0f} s", kill=True)
             elif silent > settings.silent_seconds / 2 and member.health is Health.HEALTHY:
                 member.becomes(Health.SUSPECT)
                 self._say(f"{member.name} is suspect: no sign of life for {silent:.0f} s")
             elif silent <= settings.silent_seconds / 2 and member.health is Health.SUSPECT:
                 member.becomes(Health.HEALTHY)
-        if not self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE) and now - self._said > WAIT_SECONDS:
-            self._said = now
-            self._say(self._waiting())
+        if not self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE):
+            self._say_what_is_waited_for()
 
-    def _hangs(self, member: Member, work: Dispatcher, why: str) -> None:
-        self._end(member, member.task, work, why, kill=True)
-
-    def _waiting(self) -> str:
+    def _say_what_is_waited_for(self) -> None:
+        """A line, every WAIT_SECONDS at most."""
+        if time.monotonic() - self._said <= WAIT_SECONDS:
+            return
+        self._said = time.monotonic()
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in self.spec.needs.items() if amount)
-        count = len(self._with(Health.RESTARTING))
-        return f"waiting for engines: {count} to start, each needs {wanted} on one node; {free_resources()}"
+        count, stale = len(self._with(Health.RESTARTING)), len(self._with(Health.STALE))
+        behind = f", {stale} to take the policy" if stale else ""
+        needs = f"{count} to start, each needs {wanted} on one node"
+        self._say(f"waiting for engines: {needs}{behind}; {free_resources()}")
 
     @contextmanager
     def asleep(self) -> Iterator[None]:
         """The engines give back their GPUs' memory meanwhile (`placement: colocate`)."""
         ray.get(self._pulse.set_night.remote(True))
+        starts = self._starts()
+        for member in self._with(Health.RESTARTING):
+            if member.starts_since(starts):  # it loads the model; started again, it waits for the end of the night
+                self._start_over(member)
         self._tell_all("sleep")
         try:
             yield
         finally:
-            ray.get(self._pulse.set_night.remote(False))
             self._tell_all("wake")
+            ray.get(self._pulse.set_night.remote(False))
 
     def _tell_all(self, method: str) -> None:
-        for member in self._with(Health.HEALTHY):
+        running = self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE)
+        told = {getattr(member.actor, method).remote(): member for member in running}
+        done = ray.wait(list(told), num_returns=len(told), timeout=self._settings.silent_seconds)[0] if told else []
+        for call, member in told.items():
             try:
-                ray.get(getattr(member.actor, method).remote(), timeout=self._settings.silent_seconds)
+                ray.get(call, timeout=None if call in done else 0)
             except RayError as error:
                 self._end(member, None, Dispatcher([], 0), reason_of(error), kill=True)
 
     @property
     def writers(self) -> Writers:
-        """The engines as writers of texts, for Ray Data's tasks and for translators."""
+        """The engines as writers of texts, for Ray Data's tasks and for translators.
+
+        Engines that start are waited for, as long as one comes up every WAIT_SECONDS; later only those that came since.
+        """
+        patience = Patience(WAIT_SECONDS, self._late, time.monotonic())
+
+        def coming() -> set[int]:
+            return {member.number for member in self._with(Health.RESTARTING, Health.STALE)}
+
+        for _ in self._turn(Dispatcher([], 0)) if self._late else ():
+            pass  # some of them may be up by now
+        self._drive_until(lambda: patience.is_over(len(self._with(Health.HEALTHY)), coming(), time.monotonic()))
+        self._late = coming()
         actors = [member.actor for member in self._with(Health.HEALTHY)]
-        return Writers(actors, self.policy, self._pulse, self._settings.chunk_seconds)
+        return Writers(actors, self.policy, self._pulse, self._settings.chunk_seconds, self._settings.silent_seconds)
 
     @property
     def starts(self) -> int:
         """How often engines were started, all together."""
-        return sum(ray.get(self._pulse.starts.remote()).values())
+        return sum(self._starts().values())
+
+    def _starts(self) -> dict[int, int]:
+        return dict(ray.get(self._pulse.starts.remote()))
 
     def states(self) -> Counter[Health]:
         return Counter(member.health for member in self.members)
@@ -272,7 +293,6 @@ class EnginePool:
     def close(self) -> None:
         for member in self.members:
             ray.kill(member.actor)
-        for group in self._groups.values():
-            remove_placement_group(group)
+        self._starter.close()
         ray.kill(self._pulse)
-        self.members, self._groups = [], {}
+        self.members = []

@@ -5,6 +5,9 @@
     checkpoints/00000200/checkpoint.json       step, workers, size and hash of every file; written last
 
 A checkpoint is whole where checkpoint.json is there and the files are those that it names, by their hashes.
+
+Files that are being written or read lie in the node's cache meanwhile. A worker that is killed leaves them there; the
+next attempt begins with `newest_whole`, which deletes them on every node that it runs on.
 """
 
 from __future__ import annotations
@@ -77,7 +80,8 @@ class Checkpoint:
         if self.storage.is_local:
             yield Path(self.storage.path(relative))
             return
-        copy = cache_folder() / FOLDER / hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()
+        copy = cache_folder() / FOLDER / f"{_prefix(self.storage)}{digest}"
         with node_lock(copy):
             if not copy.is_dir():
                 self.storage.download(relative, copy)
@@ -96,12 +100,11 @@ def save(
     is_first = dist.get_rank() == 0
     if is_first:
         storage.delete(_folder(step))  # what is there was not whole
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with scratch_folder(storage) as folder:
         # Nobody gets past this call before the first worker is in it.
         save_slices(
             _tensors(parameters, optimizer),
-            storage_writer=HuggingFaceStorageWriter(scratch, save_distributed=True),
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
         )
         if is_first:
             steps = {name: int(optimizer.state[p]["step"]) for name, p in parameters.items() if p in optimizer.state}
@@ -117,10 +120,12 @@ def save(
 
 
 def newest_whole(storage: Storage) -> Checkpoint | None:
-    """The newest checkpoint that is whole, None where there is none. Every worker must call this.
+    """The newest checkpoint that is whole, None where there is none. Every worker must call this before it saves.
 
     Each worker reads its share of the files to check their hashes.
     """
+    for left in (cache_folder() / FOLDER).glob(f"{_prefix(storage)}*"):
+        shutil.rmtree(left, ignore_errors=True)
     rank, world = dist.get_rank(), dist.get_world_size()
     found: list[Any] = [_complete(storage) if rank == 0 else None]
     dist.broadcast_object_list(found)
@@ -132,6 +137,20 @@ def newest_whole(storage: Storage) -> Checkpoint | None:
         if all(verdicts):
             return Checkpoint(storage, step, files)
     return None
+
+
+def newest_step(storage: Storage) -> int | None:
+    """The step of the newest checkpoint by the names of its files alone, which any process may ask for."""
+    return next((step for step, _ in _complete(storage)), None)
+
+
+@contextmanager
+def scratch_folder(storage: Storage) -> Iterator[Path]:
+    """An empty folder on this node's disk for what is on its way into the storage."""
+    home = cache_folder() / FOLDER
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=_prefix(storage), dir=home) as scratch:
+        yield Path(scratch)
 
 
 def delete_all(storage: Storage) -> None:
@@ -147,6 +166,11 @@ def _tensors(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[s
         if parameter in optimizer.state:
             tensors |= {f"{moment}.{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
     return tensors
+
+
+def _prefix(storage: Storage) -> str:
+    """What begins the names of this storage's files in the node's cache."""
+    return f"{hashlib.sha256(storage.root.encode()).hexdigest()[:16]}."
 
 
 def _folder(step: int) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,9 +22,9 @@ from calm_ray.stage import Stage
 from calm_ray.training import checkpoint
 from calm_ray.training.batches import Example, Key, epoch_order, example_of, is_validation, pack, worker_packs
 from calm_ray.training.checkpoint import Position
-from calm_ray.training.margins import margins_of, margins_once
+from calm_ray.training.margins import Portion, margins_of, margins_once
 from calm_ray.training.model import PolicyModel
-from calm_ray.training.notices import Doomed, Notices, none_doomed
+from calm_ray.training.notices import Doomed, Notices, Timer, none_doomed
 from calm_ray.training.objectives import dco_losses, dpo_losses, learning_rate_factor, sft_losses
 from calm_ray.training.preferred import Preferred
 from calm_ray.training.step_metrics import SUMS, means, sums_of
@@ -46,6 +45,8 @@ class TrainJob:
     seed: int
     round_number: int
     dco_loss: Literal["absolute", "huber", "squared"] = "absolute"
+    checkpoint_seconds: float = math.inf
+    """The longest time between two checkpoints, but for one step."""
 
     @property
     def chosen_only(self) -> bool:
@@ -64,7 +65,8 @@ def train_policy(job: TrainJob, device: torch.device, report: Report, doomed: Do
     """Trains one round and writes its margins, metrics and policy. Called by every worker of the process group.
 
     Goes on from the newest whole checkpoint that an earlier attempt left, with any number of workers; writes one every
-    `train.checkpoint_steps` steps, after each epoch, and when another machine is doomed.
+    `train.checkpoint_steps` steps, after each epoch, when another machine is doomed, and when there was none for more
+    than `job.checkpoint_seconds`.
     """
     training, validation, too_long = read_examples(job)
     policy_model = PolicyModel(job.model.local_folder(), job.train, device)
@@ -72,8 +74,8 @@ def train_policy(job: TrainJob, device: torch.device, report: Report, doomed: Do
     trainer.margins = trainer.reference_margins(training + validation)
     policy_model.load(job.start, job.seed)
     trainer.fit(training, validation, too_long)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "policy"
+    with checkpoint.scratch_folder(job.output.storage) as scratch:
+        folder = scratch / "policy"
         policy_model.save(folder)
         found: list[Policy | None] = [None]
         if dist.get_rank() == 0:
@@ -108,6 +110,7 @@ class Trainer:
         self.policy_model = policy_model
         self.report = report
         self.notices = Notices(doomed)
+        self.timer = Timer(job.checkpoint_seconds, policy_model.device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.margins: dict[Key, Margin] = {}
         self.preferred = Preferred() if job.objective == "dco" else None
@@ -143,8 +146,8 @@ class Trainer:
                 measured = self.step(optimizer, pairs, train.learning_rate * factor)
                 step += 1
                 self.note(step=step, epoch=epoch, **measured)
-                is_noticed = self.notices.is_new()
-                if is_noticed or step % train.checkpoint_steps == 0:
+                is_noticed, is_due = self.notices.is_new(), self.timer.is_due()
+                if is_noticed or is_due or step % train.checkpoint_steps == 0:
                     self.save(optimizer, Position(step, epoch, batch + 1), len(training))
                 if is_noticed:
                     self.tell(noticed=step)
@@ -182,6 +185,7 @@ class Trainer:
         }
         checkpoint.save(self.job.output.storage, position.step, parameters, optimizer, state)
         self._saved_step = position.step
+        self.timer.start()
 
     def go_on(self, optimizer: torch.optim.Optimizer, examples: int) -> Position | None:
         """Takes up the newest whole checkpoint, if there is one of these examples and this seed.
@@ -273,19 +277,19 @@ class Trainer:
         """The reference's log-probabilities of every pair, known to every worker."""
         if self.job.chosen_only:
             return {}
-        rows = margins_once(self.job.output, self.job.reference, examples, lambda: self._own_margins(examples))
-        margins = {(row["question_id"], row["language"], row["pair"]): row for row in rows}
+        margins = margins_once(self.job.output, self.job.reference, examples, self._own_margins)
         if self.preferred is not None:
             self.preferred.see_reference(margins)
         return margins
 
     @torch.no_grad()
-    def _own_margins(self, examples: Sequence[Example]) -> list[Margin]:
-        """This worker's share of the margins."""
+    def _own_margins(self, portions: Sequence[Portion]) -> Iterator[list[Margin]]:
+        """This worker's share of each portion's margins."""
         self.policy_model.load(self.job.reference, self.job.seed)
-        rows: list[Margin] = []
         with self.policy_model.without_adapter() if self.job.reference.kind == "base" else nullcontext():
-            for part in self.packs(examples):
-                batch = pack(part or [examples[0]], chosen_only=False).to(self.policy_model.device)
-                rows += margins_of(part, self.policy_model.logps(batch), self.job.reference)
-        return rows
+            for examples in portions:
+                rows: list[Margin] = []
+                for part in self.packs(examples):
+                    batch = pack(part or [examples[0]], chosen_only=False).to(self.policy_model.device)
+                    rows += margins_of(part, self.policy_model.logps(batch), self.job.reference)
+                yield rows

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -24,11 +25,15 @@ from calm_ray.planning.needs import TRAIN_PLACE
 from calm_ray.policies import Policy
 from calm_ray.progress import say
 from calm_ray.sections import Train
+from calm_ray.storage import Storage
 from calm_ray.training import checkpoint
 from calm_ray.training.loop import TrainJob
 
 RESIZE_SECONDS = 60.0
-"""How often it is looked whether there are places for more workers, or for fewer."""
+"""How often it is looked whether there are places for more workers, or for fewer.
+
+Then all begin anew from the last checkpoint, so elastic training writes one twice as often.
+"""
 
 Line = tuple[int | None, dict[str, Any]]
 """A row of metrics and its number, which is the same in every attempt; None for what only happened."""
@@ -70,25 +75,34 @@ def train_round(
     Each row is reported once, however often workers are lost; in between come rows of what happened: `lost` (workers),
     `noticed` and `resumed` (steps). Goes on from the checkpoints of an earlier attempt, and deletes them at the end.
 
+    Workers may be lost `train.max_failures` times without a new checkpoint in between.
+
     Raises CalmRayError with the worker's own error where training fails, InputError where it is elastic and the
     cluster does not say where.
     """
     scaling = _scaling(job.train, device, gpus_per_worker)
     options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": on_this_node()}
     queue = ray.remote(MetricsQueue).options(**options).remote()
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job, "queue": queue, "device": device},
-        scaling_config=scaling,
-        run_config=RunConfig(
-            name="ray_train",  # an empty marker file is all that Ray Train keeps there
-            storage_path=job.output.storage.path(),
-            storage_filesystem=job.output.storage.filesystem,
-            failure_config=FailureConfig(max_failures=job.train.max_failures, max_preemption_failures=-1),
-            callbacks=[Losses(queue)],
-        ),
-    )
-    _fit(trainer, queue, report, _wanted(scaling))
+    if job.train.is_elastic:
+        job = replace(job, checkpoint_seconds=RESIZE_SECONDS / 2)
+
+    def fit() -> None:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"job": job, "queue": queue, "device": device},
+            scaling_config=scaling,
+            run_config=RunConfig(
+                name="ray_train",  # an empty marker file is all that Ray Train keeps there
+                storage_path=job.output.storage.path(),
+                storage_filesystem=job.output.storage.filesystem,
+                failure_config=FailureConfig(max_failures=job.train.max_failures, max_preemption_failures=-1),
+                callbacks=[Losses(queue)],
+            ),
+        )
+        with _interruptible():
+            trainer.fit()
+
+    _fit(lambda: fit_while_it_gets_on(fit, job.output.storage), queue, report, _wanted(scaling))
     policy = Policy(**job.output.storage.read_json("policy.json"))
     checkpoint.delete_all(job.output.storage)
     return policy
@@ -118,18 +132,39 @@ def _scaling(train: Train, device: str, gpus_per_worker: float) -> ScalingConfig
     )
 
 
-def _fit(trainer: TorchTrainer, queue: Any, report: Callable[[dict[str, Any]], None], wanted: str) -> None:
+def fit_while_it_gets_on(fit: Callable[[], None], storage: Storage) -> None:
+    """Fits again where lost workers ended it, as long as there is a new checkpoint: Ray Train counts losses only up.
+
+    Raises what `fit` raises: TrainingFailedError where it came no further, or where an error of our own ended it.
+    """
+    while True:
+        before = checkpoint.newest_step(storage)
+        try:
+            fit()
+            return
+        except TrainingFailedError as error:
+            step = checkpoint.newest_step(storage)
+            if step in (before, None) or _own_error(error) is not None:
+                raise
+        say(f"  too many workers were lost, but training came to step {step} in between: it begins again from there")
+
+
+def _own_error(error: TrainingFailedError) -> CalmRayError | None:
+    """The error of our own that ended training, as `Losses` raised it."""
+    failure = error.controller_failure if isinstance(error, ControllerError) else None
+    return failure if isinstance(failure, CalmRayError) else None
+
+
+def _fit(fit: Callable[[], None], queue: Any, report: Callable[[dict[str, Any]], None], wanted: str) -> None:
     done = threading.Event()
     reporter = threading.Thread(target=_report_until, args=(done, queue, report, wanted), daemon=True)
     reporter.start()
     try:
-        with _interruptible():
-            trainer.fit()
-    except ControllerError as error:
-        if isinstance(error.controller_failure, CalmRayError):
-            raise error.controller_failure from None
-        raise CalmRayError(f"training failed: {error}") from error
+        fit()
     except (TrainingFailedError, RayError) as error:
+        own = _own_error(error) if isinstance(error, TrainingFailedError) else None
+        if own is not None:
+            raise own from None
         raise CalmRayError(f"training failed: {error}") from error
     finally:
         done.set()

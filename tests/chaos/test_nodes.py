@@ -32,11 +32,12 @@ def cluster(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 
 def add_for_engine(cluster: Cluster) -> Any:
-    return cluster.add_node(num_cpus=ENGINE_CPUS)
+    return cluster.add_node(num_cpus=ENGINE_CPUS, resources={"calm_ray_engine": 1})
 
 
 def add_for_training(cluster: Cluster) -> Any:
-    return cluster.add_node(num_cpus=2, resources={"calm_ray_train": 2})
+    """A machine that an engine would fill, if it could."""
+    return cluster.add_node(num_cpus=ENGINE_CPUS + 1, resources={"calm_ray_train": 2})
 
 
 def wait_until(job: subprocess.Popen[str], happened: Callable[[], bool]) -> None:

@@ -120,6 +120,22 @@ def test_a_killed_worker_changes_nothing(inputs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_8_cpus")
+def test_workers_may_be_lost_again_when_training_has_come_further(inputs: Path, tmp_path: Path) -> None:
+    first, second = Watch(7, kill_one), Watch(0, kill_one)
+
+    def report(row: dict[str, Any]) -> None:
+        first(row)
+        if "resumed" in row:
+            second.step = row["resumed"] + 6  # three checkpoints later
+        if first.of("resumed"):
+            second(row)
+
+    train_round(job_of(inputs, tmp_path, max_failures=0), "cpu", report)
+    assert len(first.of("resumed")) == len(first.of("lost")) == 2
+    assert steps(first.rows) == steps(metrics(tmp_path)) == list(range(1, 121))
+
+
+@pytest.mark.usefixtures("ray_8_cpus")
 def test_a_hopeless_error_is_not_tried_again(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "margins.parquet").mkdir()  # where a file must go
     rows: Rows = []

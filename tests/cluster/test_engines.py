@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import ray
 import torch
 from factories import read_questions
 from peft import PeftModel
+from ray.exceptions import RayActorError
 from small_runs import make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,9 +26,11 @@ from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.dispatch import Dispatcher
 from calm_ray.sampling.engine import EngineActor
 from calm_ray.sampling.generator import Decoding
+from calm_ray.sampling.health import Health, Pulse
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.sampling.prompts import prompt_text
 from calm_ray.sampling.spec import EngineSpec
+from calm_ray.sampling.writers import Writers
 from calm_ray.sections import Engines, Lora
 from calm_ray.stage import Stage
 
@@ -114,10 +120,94 @@ def asleep(pool: EnginePool) -> list[bool]:
 
 def test_engines_sleep_while_their_gpus_are_needed_and_serve_again(pool: EnginePool, run: RunDir) -> None:
     """The order of things; on CPUs there is no memory to give back."""
+    pool.wait_for_all()
     with pool.asleep():
         assert asleep(pool) == [True, True]
     assert asleep(pool) == [False, False]
     assert len(sample(pool, run, Stage(run.storage.under("awake")))) == 24 * 2 * 3
+
+
+def test_an_engine_that_dies_is_started_again_once(pool: EnginePool, run: RunDir) -> None:
+    pool.wait_for_all()
+    before = pool.starts
+    os.kill(ray.get(pool.members[0].actor.__ray_call__.remote(lambda engine: os.getpid())), signal.SIGKILL)
+    assert len(sample(pool, run, Stage(run.storage.under("killed")))) == 24 * 2 * 3
+    pool.wait_for_all()
+    assert pool.starts == before + 1
+
+
+def is_up(engine: Any) -> bool:
+    try:
+        ray.get(engine.ready.remote())
+    except RayActorError:
+        return False
+    return True
+
+
+def test_an_engine_that_is_starting_waits_while_the_others_sleep_and_is_waited_for_by_writers(
+    pool: EnginePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calm_ray.sampling.pool.WAIT_SECONDS", 600.0)
+    pool.wait_for_all()
+    before, one = pool.starts, pool.members[0]
+    ray.kill(one.actor, no_restart=False)
+    while one.health is not Health.RESTARTING:
+        pool.load(Policy())
+    while pool.starts == before:
+        time.sleep(0.1)
+    begun = pool.starts
+    with pool.asleep():
+        while pool.starts == begun:
+            assert not is_up(one.actor), "it has loaded the model though the GPU is not its own"
+            time.sleep(0.1)
+    assert len(pool.writers.engines) == len(pool.members) == 2
+    assert len(pool.writers(["w1 w2", "w3 w4 w5"], 4)) == 2
+
+
+def test_what_is_waited_for_is_said_though_another_engine_is_up(
+    ray_8_cpus: None, babbler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Said(Exception): ...
+
+    def say(line: str) -> None:
+        if line.startswith("waiting for engines: 1 to start, each needs 5 CPU on one node"):
+            raise Said
+
+    monkeypatch.setattr("calm_ray.sampling.pool.WAIT_SECONDS", 0.0)
+    with pytest.raises(Said):
+        EnginePool(spec(babbler, shared=2, min_engines=2, cpus=5), LANGUAGES, say)
+
+
+def start_scribes(count: int, pulse: Any, once: Path) -> list[Any]:
+    """Actors that stand where engines do. The first part of all hangs, and every engine dies of the word poison."""
+
+    class Scribe:
+        def __init__(self, number: int) -> None:
+            self._number = number
+            ray.get(pulse.started.remote(number, ray.get_runtime_context().get_node_id()))
+
+        def write(self, messages: list[str], max_new_tokens: int, policy: Policy, ticket: int) -> list[str]:
+            ray.get(pulse.beat.remote(self._number, 0, at_work=False, is_asleep=False))
+            ray.get(pulse.begins.remote(ticket, self._number))
+            if not once.exists():
+                once.touch()
+                time.sleep(3600)
+            if "poison" in messages:
+                os._exit(1)
+            return [message.upper() for message in messages]
+
+    return [ray.remote(num_cpus=0, max_restarts=-1)(Scribe).remote(number) for number in range(count)]
+
+
+def test_writers_replace_an_engine_that_hangs_and_do_without_the_message_that_all_die_of(
+    ray_8_cpus: None, tmp_path: Path
+) -> None:
+    pulse = ray.remote(num_cpus=0)(Pulse).remote()
+    engines = start_scribes(2, pulse, tmp_path / "once")
+    writers = Writers(engines, Policy(), pulse, seconds=3600, silent_seconds=20)
+    assert writers(["one", "two", "three", "poison", "four"], 8) == ["ONE", "TWO", "THREE", None, "FOUR"]
+    for actor in [*engines, pulse]:
+        ray.kill(actor)
 
 
 def scoring_engine() -> type[EngineActor]:

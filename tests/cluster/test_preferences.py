@@ -60,7 +60,7 @@ def completion(world: World, question: Question, sample: int, letter: str, promp
 
 
 def writers_of(engines: list[Any]) -> Writers:
-    return Writers(engines, Policy(), pulse=ray.remote(num_cpus=0)(Pulse).remote(), seconds=60)
+    return Writers(engines, Policy(), pulse=ray.remote(num_cpus=0)(Pulse).remote(), seconds=60, silent_seconds=60)
 
 
 def make_job(folder: Path, model: Path, questions: list[Question], **changes: Any) -> PreferenceJob:

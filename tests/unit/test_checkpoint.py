@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -23,7 +24,7 @@ from calm_ray.rows import Pair, table
 from calm_ray.sections import Lora, Train
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage
-from calm_ray.training import checkpoint
+from calm_ray.training import checkpoint, notices
 from calm_ray.training.loop import Trainer, TrainJob, train_policy
 
 CPU = torch.device("cpu")
@@ -32,9 +33,11 @@ OBJECTIVES = [(objective, lora) for objective in ("dpo", "dco", "sft") for lora 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_process() -> Iterator[None]:
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CALM_RAY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
     dist.destroy_process_group()
 
 
@@ -240,9 +243,33 @@ def test_each_notice_leads_to_one_checkpoint_at_once(model: Path, pairs: Stage, 
     assert there == [[2], [3, 4]]  # an epoch ends with step 3
 
 
-def one_of(rank: int, world: int, rendezvous: Path, job: TrainJob, stop: int | None) -> None:
-    """A worker in a process of its own, where training stops as if all were killed."""
+def test_when_no_checkpoint_was_written_for_so_long_there_is_one(
+    undisturbed: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, there = 0.0, {}
+    monkeypatch.setattr(notices, "time", SimpleNamespace(monotonic=lambda: now))
+    train_settings = undisturbed.train.model_copy(update={"checkpoint_steps": 100})
+    job = replace(undisturbed, output=Stage(Storage(str(tmp_path))), train=train_settings, checkpoint_seconds=15.0)
+
+    def report(row: dict[str, Any]) -> None:
+        nonlocal now
+        if "train/loss" in row:
+            there[row["step"]] = max(steps_there(job), default=0)
+            now += 10.0
+
+    train_policy(job, CPU, report)
+    # Epochs end with steps 3, 6, 9 and 12; 20 seconds after each there is a checkpoint by the clock.
+    assert list(there.values()) == [0, 0, 2, 3, 3, 5, 6, 6, 8, 9, 9, 11]
+
+
+def one_of(rank: int, world: int, rendezvous: Path, job: TrainJob, stop: int | None, cache: str) -> None:
+    """A worker in a process of its own, where training stops as if all were killed.
+
+    The clock of the second is 30 years behind with its checkpoints.
+    """
+    os.environ["CALM_RAY_CACHE"] = cache
     torch.set_num_threads(1)
+    job = replace(job, checkpoint_seconds=job.checkpoint_seconds + 1e9 * rank)
     store = dist.FileStore(str(rendezvous), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     train_policy(job, CPU, stop_at(stop, lambda: os._exit(0)) if stop else lambda row: None)
@@ -250,9 +277,9 @@ def one_of(rank: int, world: int, rendezvous: Path, job: TrainJob, stop: int | N
 
 
 def train_in_two_processes(job: TrainJob, rendezvous: Path, stop: int | None = None) -> None:
-    context = multiprocessing.get_context("forkserver")
+    context, cache = multiprocessing.get_context("forkserver"), os.environ["CALM_RAY_CACHE"]
     context.set_forkserver_preload(["calm_ray.training.loop"])  # imports torch once
-    workers = [context.Process(target=one_of, args=(rank, 2, rendezvous, job, stop)) for rank in range(2)]
+    workers = [context.Process(target=one_of, args=(rank, 2, rendezvous, job, stop, cache)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -284,6 +311,35 @@ def test_another_number_of_workers_goes_on(
         assert lines(job) == [pytest.approx(line, abs=1e-4) for line in lines(undisturbed)]
 
 
+def test_workers_write_a_checkpoint_together_whatever_their_clocks_say(
+    model: Path, pairs: Stage, tmp_path: Path
+) -> None:
+    job = replace(job_of(model, pairs, tmp_path / "run", checkpoint_steps=100), checkpoint_seconds=0.0)
+    train_in_two_processes(job, tmp_path / "rendezvous", stop=6)
+    assert steps_there(job) == [4, 5]
+
+
+def killed_while_saving(rendezvous: Path, job: TrainJob, cache: str) -> None:
+    checkpoint.save_slices = lambda *arguments, **named: os._exit(0)  # type: ignore[attr-defined]
+    one_of(0, 1, rendezvous, job, None, cache)
+
+
+def test_what_a_killed_worker_left_on_the_node_is_deleted_by_the_next(
+    undisturbed: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("CALM_RAY_CACHE", str(cache))
+    job = replace(undisturbed, output=Stage(Storage(str(tmp_path / "run"))))
+    arguments = (tmp_path / "rendezvous", job, str(cache))
+    worker = multiprocessing.get_context("forkserver").Process(target=killed_while_saving, args=arguments)
+    worker.start()
+    worker.join()
+    assert len(list(cache.glob("checkpoints/*"))) == 1
+    (cache / "checkpoints" / "of another run").mkdir()
+    train(job)
+    assert [file.name for file in cache.glob("checkpoints/*")] == ["of another run"]
+
+
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> str:
     """A store that is no disk, for storages of this root."""
@@ -307,3 +363,20 @@ def test_checkpoints_in_an_object_store_are_copied_for_as_long_as_they_are_read(
     assert {"round": 1, "resumed": 6} in told
     assert lines(job) == lines(undisturbed)
     assert not [file for file in (tmp_path / "cache" / "checkpoints").iterdir() if file.is_dir()]
+
+
+def test_a_copy_that_was_being_deleted_is_made_again(
+    undisturbed: TrainJob, tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker is killed in the middle of that."""
+    monkeypatch.setenv("CALM_RAY_CACHE", str(tmp_path / "cache"))
+    job = replace(undisturbed, output=Stage(Storage(f"{memory}/deleted")))
+    train_until(job, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "barrier", raise_stopped)  # after which the copy is deleted
+        with pytest.raises(Stopped):
+            train(job)
+    (shard,) = (tmp_path / "cache" / "checkpoints").glob("*/*.safetensors")
+    shard.unlink()
+    train(job)
+    assert lines(job) == lines(undisturbed)

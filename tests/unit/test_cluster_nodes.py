@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 
+from calm_ray.cluster import check_places
+from calm_ray.errors import ResourceError
 from calm_ray.nodes import GROUP_LABEL, Kind, Memory, planned
 from calm_ray.planning.hardware import GB
+from calm_ray.recipes import load_config
 
 A100 = {"CPU": 96.0, "GPU": 8.0, "accelerator_type:A100": 1.0}
 
@@ -46,3 +49,24 @@ def test_places_count_where_any_node_has_them() -> None:
     nodes = planned([alive("a", {"calm_ray_train": 8.0}), alive("b")], [], {})
     assert [node.train_places for node in nodes] == [8, 0]
     assert [node.engine_places for node in nodes] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "placement", "missing"),
+    [
+        ([{}], "split", "calm_ray_train"),
+        ([{}, {"calm_ray_train": 8}], "split", "calm_ray_engine"),
+        ([{"calm_ray_engine": 8}, {"calm_ray_train": 8}], "split", None),
+        ([{}, {"calm_ray_train": 8}], "colocate", None),
+        ([{"calm_ray_train": 8}], "split", None),
+    ],
+)
+def test_elastic_workers_need_places_that_engines_do_not_take(
+    nodes: list[dict[str, float]], placement: str, missing: str | None
+) -> None:
+    config = load_config(None, ["train.workers=[1, 2]", f"placement={placement}"])
+    if missing is None:
+        check_places(config, nodes)
+    else:
+        with pytest.raises(ResourceError, match=missing):
+            check_places(config, nodes)

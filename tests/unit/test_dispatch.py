@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,29 @@ def test_accidents_blame_nobody(tmp_path: Path, seed: int) -> None:
 
 
 def test_a_bad_prompt_costs_few_engines(tmp_path: Path) -> None:
-    """Two under the whole chunk, at most one for each halving, one under the prompt by itself."""
+    """Two under the whole chunk, at most one for each halving, one more under the prompt by itself."""
     work = Dispatcher(tasks_of(tmp_path, chunks=1, questions=64), most_bad=1)
     assert work_off(work, {"q0"})[1] <= 2 + 6 + 1
+
+
+def test_one_accident_under_a_prompt_by_itself_does_not_blame_it(tmp_path: Path) -> None:
+    """Engines die of nothing in particular until a single prompt is tried, and never again."""
+    work = Dispatcher(tasks_of(tmp_path, chunks=1, questions=8), most_bad=0)
+    while (task := work.next(None)) is not None:
+        work.died(task, "an accident")
+        if task.only is not None and len(task.only) == 1:
+            break
+    assert work_off(work, set()) == ([f"q{i}" for i in range(8)], 0)
+    assert work.bad == []
+
+
+@pytest.mark.parametrize("poison", [range(3), range(10), [0, 1, 62, 20]])
+def test_bad_prompts_side_by_side_are_all_found(tmp_path: Path, poison: Sequence[int]) -> None:
+    """However many there are before the first good one: that the engines are well shows at the chunk's other end."""
+    work = Dispatcher(tasks_of(tmp_path, chunks=1, questions=64), most_bad=10)
+    done, _ = work_off(work, {f"q{i}" for i in poison})
+    assert {one.question_id for one in work.bad} == {f"q{i}" for i in poison}
+    assert len(done) == 64 - len(poison)
 
 
 def test_too_many_bad_prompts_stop_the_run(tmp_path: Path) -> None:
@@ -77,9 +98,9 @@ def test_engines_that_die_of_everything_are_blamed_themselves(tmp_path: Path) ->
     work = Dispatcher(
         tasks_of(tmp_path, chunks=4, questions=8), most_bad=100, on_bad=lambda bad: noted.append(len(bad))
     )
-    with pytest.raises(CalmRayError, match="engines end whatever they are given: 3 prompts in a row"):
+    with pytest.raises(CalmRayError, match="engines end whatever they are given: 4 prompts in a row"):
         work_off(work, {f"q{i}" for i in range(32)})
-    assert noted == [1, 2, 3, 0]  # no prompt is to blame
+    assert noted == [1, 2, 3, 4, 0]  # no prompt is to blame
 
 
 def try_all(work: Dispatcher, most: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -56,7 +56,7 @@ def english(number: int, text: str = "which animal flies") -> Question:
     )  # fmt: skip
 
 
-def by_dictionary(write: Callable[[list[str]], list[str]], batch: int = 64) -> ModelQuestionTranslator:
+def by_dictionary(write: Callable[[list[str]], Sequence[str | None]], batch: int = 64) -> ModelQuestionTranslator:
     return ModelQuestionTranslator(write, "dictionary", batch)
 
 
@@ -166,6 +166,27 @@ def test_failed_and_identical_questions_get_no_row_and_are_counted(tmp_path: Pat
     assert again == rows
     assert len(write.asked) == asked
     assert report == {"fr": {"asked": 3, "cached": 3, "translated": 1, "failed": 1, "identical": 1}}
+
+
+def test_a_question_without_a_reply_is_no_failure_of_the_translator_and_is_asked_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None is no reply: the engines died. An empty reply is one, and fails."""
+    write = Dictionary()
+
+    def dies(messages: list[str]) -> list[str | None]:
+        replies = write(messages)
+        return [None if " 2\n" in reply else "" if " 3\n" in reply else reply for reply in replies]
+
+    asked = [english(number) for number in (1, 2, 3)]
+    rows, report = translate_missing(asked, ["en", "fr"], by_dictionary(dies), storage(tmp_path))
+    assert [row["question_id"] for row in rows if row["language"] == "fr"] == ["q1"]
+    assert report == {"fr": {"asked": 3, "cached": 0, "translated": 1, "failed": 2, "identical": 0}}
+    assert "1 questions got no reply" in capsys.readouterr().out
+    rows, report = translate_missing(asked, ["en", "fr"], by_dictionary(write), storage(tmp_path))
+    assert len(write.asked) == 4
+    assert [row["question_id"] for row in rows if row["language"] == "fr"] == ["q1", "q2"]
+    assert report == {"fr": {"asked": 3, "cached": 2, "translated": 2, "failed": 1, "identical": 0}}
 
 
 @pytest.mark.parametrize(
