@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest_plugins = ["small_runs"]
+
+# In the background of a shell, tests inherit that Ctrl-C is ignored, and so would the jobs that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -89,7 +89,7 @@ def test_more_bad_prompts_than_are_allowed_stop_the_run(
     ("how", "limits", "said"),
     [
         ("sleep", {"silent_seconds": 10}, "no sign of life for"),
-        ("sleep", {"chunk_seconds": 20}, "not done after 20 s"),
+        ("sleep", {"chunk_seconds": 30}, "not done after 30 s"),
         ("stop", {"silent_seconds": 10}, "no sign of life for"),
     ],
     ids=["no progress", "chunk deadline", "stopped process"],
@@ -108,4 +108,4 @@ def test_an_engine_that_hangs_is_replaced(
     assert not run.storage.exists("bad_prompts.parquet")
     rows = rows_of(run.stage(1, "sample").read())
     assert len(rows) == 3 * len(asked)
-    assert run.storage.read_json("finished.json")["engine_starts"] == 2
+    assert run.storage.read_json("finished.json")["engine_starts"] >= 2
