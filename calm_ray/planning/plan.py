@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from calm_ray.config import Config
@@ -12,7 +11,7 @@ from calm_ray.errors import ResourceError
 from calm_ray.planning.durations import seconds_of
 from calm_ray.planning.hardware import DEVICES, Device, Node
 from calm_ray.planning.layout import Layout, lay_out
-from calm_ray.planning.model_shape import Shape, shape_of_folder
+from calm_ray.planning.model_shape import Shape
 from calm_ray.planning.proposals import proposals
 from calm_ray.planning.work import Work, count_questions, work_of
 
@@ -57,13 +56,12 @@ def make_plan(config: Config, shape: Shape, nodes: Sequence[Node]) -> Plan:
     return Plan(config, shape, list(nodes), layout, device, work, seconds_of(config, shape, layout, device, work))
 
 
-def check_plan(config: Config, model_folder: Path, nodes: Sequence[Node]) -> None:
+def check_plan(config: Config, shape: Shape, nodes: Sequence[Node]) -> None:
     """Raises ResourceError where the nodes of a cluster, those it may still start among them, cannot hold a run.
 
     The message names what is short, and overrides under which the run would fit. What a node's `gpu_memory` or `memory`
-    does not say (None) is not checked. Nothing is started; the model is known by its config.json and file headers.
+    does not say (None) is not checked. Raises InputError for arguments of engines that cannot be.
     """
-    shape = shape_of_folder(model_folder)
     refuse(config, shape, nodes, lay_out(config, shape, nodes))
 
 

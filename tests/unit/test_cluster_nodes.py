@@ -70,3 +70,14 @@ def test_elastic_workers_need_places_that_engines_do_not_take(
     else:
         with pytest.raises(ResourceError, match=missing):
             check_places(config, nodes)
+
+
+def test_engines_that_may_fill_the_places_to_train_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(None, ["train.workers=2"])
+    train, engines = {"calm_ray_train": 8.0}, {"calm_ray_engine": 8.0}
+    alike: list[dict[str, float]] = [{}, {}]
+    for nodes in (alike, [train, train], [train, engines]):
+        check_places(config, nodes)
+        assert capsys.readouterr().out == ""
+    check_places(config, [{}, train])
+    assert "engines may fill" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from calm_ray.config import Config
 from calm_ray.errors import InputError, ResourceError
 from calm_ray.planning.hardware import DEVICES, GB, GIB, Node, node_of_instance, nodes_alike, nodes_of_launcher
 from calm_ray.planning.layout import Layout, lay_out
-from calm_ray.planning.model_shape import Shape, shape_of
+from calm_ray.planning.model_shape import Shape, shape_of, shape_of_folder
 from calm_ray.planning.needs import ENGINE_PLACE, TRAIN_PLACE, needs_of, shortage
 from calm_ray.planning.plan import check_plan
 from calm_ray.planning.proposals import changed, proposals
@@ -229,11 +229,11 @@ def test_a_job_is_refused_with_what_would_fit(tmp_path: Path) -> None:
              "num_key_value_heads": 8, "vocab_size": 128256}
         )
     )  # fmt: skip
-    check_plan(recipe(), tmp_path, nodes_alike(2))
+    check_plan(recipe(), shape_of_folder(tmp_path), nodes_alike(2))
     with pytest.raises(ResourceError, match=r"(?s)6 of 8 training workers.*fit on these nodes with\n  placement=colo"):
-        check_plan(recipe(), tmp_path, nodes_alike(1))
+        check_plan(recipe(), shape_of_folder(tmp_path), nodes_alike(1))
     with pytest.raises(ResourceError, match="no change of one or two keys would make it fit"):
-        check_plan(recipe(), tmp_path, [Node("laptop", cpus=8)])
+        check_plan(recipe(), shape_of_folder(tmp_path), [Node("laptop", cpus=8)])
     assert ResourceError.exit_code == 3
 
 
