@@ -233,17 +233,22 @@ class EnginePool:
     @contextmanager
     def asleep(self) -> Iterator[None]:
         """The engines give back their GPUs' memory meanwhile (`placement: colocate`)."""
+        since = time.monotonic()
+        self._drive_until(lambda: not self._loading() or time.monotonic() - since > WAIT_SECONDS)
         ray.get(self._pulse.set_night.remote(True))
-        starts = self._starts()
-        for member in self._with(Health.RESTARTING):
-            if member.starts_since(starts):  # it loads the model; started again, it waits for the end of the night
-                self._start_over(member)
+        for member in self._loading():
+            self._start_over(member)  # it then waits for the end of the night
         self._tell_all("sleep")
         try:
             yield
         finally:
             self._tell_all("wake")
             ray.get(self._pulse.set_night.remote(False))
+
+    def _loading(self) -> list[Member]:
+        """Engines whose process has begun, but is not up."""
+        starts = self._starts()
+        return [member for member in self._with(Health.RESTARTING) if member.starts_since(starts)]
 
     def _tell_all(self, method: str) -> None:
         running = self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE)

@@ -120,6 +120,7 @@ def test_a_killed_worker_changes_nothing(inputs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_8_cpus")
+@pytest.mark.chaos
 def test_workers_may_be_lost_again_when_training_has_come_further(inputs: Path, tmp_path: Path) -> None:
     first, second = Watch(7, kill_one), Watch(0, kill_one)
 

@@ -147,7 +147,7 @@ def is_up(engine: Any) -> bool:
 def test_an_engine_that_is_starting_waits_while_the_others_sleep_and_is_waited_for_by_writers(
     pool: EnginePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calm_ray.sampling.pool.WAIT_SECONDS", 600.0)
+    monkeypatch.setattr("calm_ray.sampling.pool.WAIT_SECONDS", 0.0)
     pool.wait_for_all()
     before, one = pool.starts, pool.members[0]
     ray.kill(one.actor, no_restart=False)
@@ -160,6 +160,7 @@ def test_an_engine_that_is_starting_waits_while_the_others_sleep_and_is_waited_f
         while pool.starts == begun:
             assert not is_up(one.actor), "it has loaded the model though the GPU is not its own"
             time.sleep(0.1)
+    monkeypatch.setattr("calm_ray.sampling.pool.WAIT_SECONDS", 600.0)
     assert len(pool.writers.engines) == len(pool.members) == 2
     assert len(pool.writers(["w1 w2", "w3 w4 w5"], 4)) == 2
 
