@@ -14,8 +14,8 @@ from ray._private.state import state as ray_state
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from calm_ray.planning.hardware import DEVICES, MOST_NODES, Node
-from calm_ray.planning.needs import ENGINE_PLACE, TRAIN_PLACE, Resources
+from calm_ray.planning.hardware import DEVICES, MOST_NODES, Node, places_in, with_places
+from calm_ray.planning.needs import Resources
 
 ASK_SECONDS = 60.0
 """A node that has not answered by then is planned by what Ray knows of it."""
@@ -73,19 +73,15 @@ def planned(alive: Sequence[Mapping[str, Any]], kinds: Sequence[Kind], memory: M
         known[group] = known.get(group) or said
     for kind in kinds:
         there += [(kind.resources, known.get(kind.name))] * (kind.most - count[kind.name])
-    uses = {place: any(place in resources for resources, _ in there) for place in (TRAIN_PLACE, ENGINE_PLACE)}
-    return [_node(f"node {number}", *one, uses) for number, one in enumerate(there, start=1)]
+    return with_places([_node(f"node {number}", *one) for number, one in enumerate(there, start=1)])
 
 
-def _node(name: str, resources: Resources, said: Memory | None, uses: Mapping[str, bool]) -> Node:
+def _node(name: str, resources: Resources, said: Memory | None) -> Node:
     labels = [key.removeprefix("accelerator_type:") for key in resources if key.startswith("accelerator_type:")]
     gpu = next((DEVICE_OF[label] for label in labels if label in DEVICE_OF), None)
     gpu_memory = said.gpu if said is not None else None
     if gpu_memory is None and gpu is not None:
         gpu_memory = DEVICES[gpu].memory
-    train, engines = (
-        int(resources.get(place, 0)) if uses[place] else None for place in (TRAIN_PLACE, ENGINE_PLACE)
-    )  # fmt: skip
     return Node(
         name,
         resources.get("CPU", 0.0),
@@ -93,8 +89,7 @@ def _node(name: str, resources: Resources, said: Memory | None, uses: Mapping[st
         gpu_memory,
         said.host if said is not None else None,
         gpu,
-        train_places=train,
-        engine_places=engines,
+        **places_in(resources),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from calm_ray.about import about
 from calm_ray.cluster import check_layout, check_storage, cluster
 from calm_ray.cluster_lock import locked_in_cluster
@@ -39,7 +41,7 @@ def align(config: Config, *, overwrite: bool = False, redo: bool = False) -> Run
 def _align(config: Config, run: RunDir, *, overwrite: bool, redo: bool) -> None:
     settings = config.model_dump(mode="json")
     run.check(settings, overwrite, redo=redo)
-    if not overwrite and _is_whole(config, run):
+    if not overwrite and _is_whole(run, settings):
         say("it is finished: raise rounds to go on, or add --overwrite to delete it and start again")
         return
     if config.method == "dco":
@@ -65,9 +67,8 @@ def _align(config: Config, run: RunDir, *, overwrite: bool, redo: bool) -> None:
             run_to_end(config, run, model, pool)
 
 
-def _is_whole(config: Config, run: RunDir) -> bool:
-    """Whether a run has all that its configuration asks for, as it was written."""
-    settings = config.model_dump(mode="json")
+def _is_whole(run: RunDir, settings: dict[str, Any]) -> bool:
+    """Whether a run has all that a configuration asks for, as it was written."""
     if not run.is_complete(settings):
         return False
     mend(run)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,13 +174,19 @@ def nodes_of_launcher(path: str | Path, gpu_memory: float | None = None) -> list
         left -= counts[-1]
         ones.append(_node_of_kind(kind, str(name), field, gpu_memory))
     nodes: list[Node] = []
-    for one, count in zip(_with_places(ones), counts, strict=True):
+    for one, count in zip(with_places(ones), counts, strict=True):
         nodes += [one] * (one.name == head)
         nodes += [replace(one, name=f"{one.name} {i + 1}") for i in range(count)]
     return nodes
 
 
-def _with_places(kinds: list[Node]) -> list[Node]:
+def places_in(resources: Mapping[str, float]) -> dict[str, int | None]:
+    """How many workers and engines a machine says it takes, as `Node` has them."""
+    names = {"train_places": TRAIN_PLACE, "engine_places": ENGINE_PLACE}
+    return {field: int(resources[name]) if name in resources else None for field, name in names.items()}
+
+
+def with_places(kinds: Sequence[Node]) -> list[Node]:
     """Where any kind of machine says how many workers or engines it takes, those that do not say it take none."""
     train, engine = any(kind.train_places for kind in kinds), any(kind.engine_places for kind in kinds)
     return [
@@ -223,10 +230,10 @@ def _node_of_kind(kind: dict[str, Any], name: str, field: str, gpu_memory: float
     amounts = {key: _amount(resources[key], f"{field}.resources.{key}") for key in resources}
     gpus = int(amounts.get("GPU", known.gpus))
     memory = known.gpu_memory if gpu_memory is None else int(gpu_memory * GB)
-    train, engine = (int(amounts[place]) if place in amounts else None for place in (TRAIN_PLACE, ENGINE_PLACE))
     return Node(
         name, amounts.get("CPU", known.cpus), gpus, memory if gpus else None,
-        int(amounts["memory"]) if "memory" in amounts else known.memory, known.gpu if gpus else None, train, engine,
+        int(amounts["memory"]) if "memory" in amounts else known.memory, known.gpu if gpus else None,
+        **places_in(amounts),
     )  # fmt: skip
 
 
