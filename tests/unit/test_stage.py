@@ -125,28 +125,23 @@ NO_MANIFESTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("content", NO_MANIFESTS)
-def test_a_manifest_of_another_shape_is_torn(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(("manifest.json", content) for content in NO_MANIFESTS),
+        *(("stage.json", content) for content in ("null", "[]", '"x"')),
+    ],
+)
+def test_a_manifest_or_record_of_another_shape_is_torn(tmp_path: Path, file: str, content: str) -> None:
     run = run_with(tmp_path, (1, "sample"))
     (tmp_path / "outside").write_text("of somebody else")
     sample = run.stage(1, "sample")
     before = sample.manifest()
-    sample.storage.write("manifest.json", content.encode())
+    sample.storage.write(file, content.encode())
     mend(run)
     assert not sample.is_finished
     assert sample.manifest() == before
     assert (tmp_path / "outside").exists()
-
-
-@pytest.mark.parametrize("content", ["null", "[]", '"x"'])
-def test_a_record_of_another_shape_is_torn(tmp_path: Path, content: str) -> None:
-    run = run_with(tmp_path, (1, "sample"))
-    sample = run.stage(1, "sample")
-    before = sample.manifest()
-    sample.storage.write("stage.json", content.encode())
-    mend(run)
-    assert not sample.is_finished
-    assert sample.manifest() == before
 
 
 @pytest.mark.parametrize("content", ["null", "{}", '{"bytes": 1, "sha256": null}'])
