@@ -27,8 +27,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from calm_ray.core.rows import Question
 from calm_ray.questions.reader import take_in
-from calm_ray.rows import Question
 from calm_ray.sampling.candidates import MASK
 from calm_ray.sampling.prompts import LETTERS
 

@@ -19,10 +19,12 @@ from typing import Any
 import ray
 
 from calm_ray.cluster import cluster
+from calm_ray.core.rows import Question
+from calm_ray.core.sections import Engines
+from calm_ray.core.seeds import derive_seed
 from calm_ray.planning.needs import Needs, Part
 from calm_ray.policies import BaseModel
 from calm_ray.questions.reader import write_chunks
-from calm_ray.rows import Question
 from calm_ray.rundir import RunDir
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.complete import encode_prompt
@@ -32,8 +34,6 @@ from calm_ray.sampling.pool import EnginePool
 from calm_ray.sampling.prompts import prompt_text
 from calm_ray.sampling.spec import EngineSpec
 from calm_ray.sampling.vllm_generator import engine_args, set_environment
-from calm_ray.sections import Engines
-from calm_ray.seeds import derive_seed
 from calm_ray.stage import Stage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 

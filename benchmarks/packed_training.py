@@ -22,9 +22,9 @@ import ray
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from calm_ray.core.rows import Pair, table
+from calm_ray.core.sections import Lora, Train
 from calm_ray.policies import BaseModel, Policy
-from calm_ray.rows import Pair, table
-from calm_ray.sections import Lora, Train
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 from calm_ray.testing import write_tiny_model

@@ -14,8 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from calm_ray.core.rows import Completion, table
 from calm_ray.mending import mend
-from calm_ray.rows import Completion, table
 from calm_ray.rundir import RunDir
 from calm_ray.stage import Stage
 

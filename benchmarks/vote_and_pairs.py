@@ -28,11 +28,11 @@ import psutil
 import pyarrow as pa
 
 from calm_ray.cluster import cluster
+from calm_ray.core.sections import Preferences
 from calm_ray.planning.needs import Needs, Part
 from calm_ray.preferences.from_disk import RecordedJob, pairs_of_chunks
 from calm_ray.sampling.imports import UNCOMPRESSED, open_completions
 from calm_ray.sampling.recorded import RecordedChunks
-from calm_ray.sections import Preferences
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from calm_ray.errors import InputError
-from calm_ray.rows import BadPrompt, rows_of, table
+from calm_ray.core.errors import InputError
+from calm_ray.core.rows import BadPrompt, rows_of, table
 from calm_ray.sampling.dispatch import Blamed
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage

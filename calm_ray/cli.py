@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from calm_ray.endings import exit_code_of
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
+from calm_ray.core.exit_codes import exit_code_of
 from calm_ray.recipes import DEMO_RECIPE, is_override, load_config, load_preferences, recipe_and_overrides
 
 ALIGN_HELP = """\
@@ -51,7 +51,7 @@ language that `chosen_language` names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code (see `calm_ray.endings`)."""
+    """Runs a command; returns its exit code (see `calm_ray.core.exit_codes`)."""
     options = _parsed(arguments)
     is_run = options.command is _align
     return exit_code_of(lambda: options.command(options), goes_on=is_run, overwrites=is_run and options.overwrite)
@@ -198,7 +198,7 @@ def _align(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
         return
-    from calm_ray.progress import say
+    from calm_ray.core.console import say
     from calm_ray.rounds import align
     from calm_ray.summary import print_summary
 
@@ -269,9 +269,9 @@ def _pairs(options: argparse.Namespace) -> None:
 
 def _stats(options: argparse.Namespace) -> None:
     preferences = load_preferences(options.preset, options.set)
+    from calm_ray.core.console import on_stderr
     from calm_ray.evaluation.statistics import print_statistics
     from calm_ray.opened import find_run
-    from calm_ray.progress import on_stderr
 
     run = find_run(options.source[0])
     if run is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calm_ray.comparison.plan import BASE, METHODS, TABLE_1, Comparison, Contender, named_methods, plan
-from calm_ray.endings import exit_code_of
+from calm_ray.core.exit_codes import exit_code_of
 from calm_ray.recipes import RECIPES, is_override, recipe_and_overrides
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ rate, epochs and whatever else has defaults by objective is taken from the recip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code (see `calm_ray.endings`)."""
+    """Runs the command; returns its exit code (see `calm_ray.core.exit_codes`)."""
     options = _parser().parse_intermixed_args(arguments)
     return exit_code_of(lambda: _compare(options), goes_on=True, overwrites=options.overwrite)
 
@@ -69,7 +69,7 @@ def _compare(options: argparse.Namespace) -> None:
 def report(comparison: Comparison) -> None:
     """Prints the table and writes it, in shares, beside the runs."""
     from calm_ray.comparison.table import print_rows, table_rows
-    from calm_ray.progress import say
+    from calm_ray.core.console import say
     from calm_ray.storage import Storage
 
     rows = table_rows(comparison)
@@ -84,8 +84,8 @@ def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
 
     Raises InputError for bad input of any of them before an engine starts.
     """
+    from calm_ray.core.console import say
     from calm_ray.lock import locked
-    from calm_ray.progress import say
 
     with ExitStack() as locks:
         for one in contenders:
@@ -98,9 +98,9 @@ def _run_all(contenders: Sequence[Contender], overwrite: bool) -> None:
     from calm_ray.cluster import check_layout, check_resources, check_storage, cluster
     from calm_ray.cluster_lock import locked_in_cluster
     from calm_ray.comparison.shared import check_common_start
+    from calm_ray.core.console import say
     from calm_ray.mending import mend
     from calm_ray.planning.needs import Needs, needs_of
-    from calm_ray.progress import say
     from calm_ray.sampling.pool import EnginePool
     from calm_ray.sampling.spec import engine_spec
 
@@ -159,8 +159,8 @@ def _prepare(todo: Sequence[Contender], known: BaseModel | None, overwrite: bool
 def _run(one: Contender, contenders: Sequence[Contender], pool: EnginePool, inputs: Inputs) -> None:
     """What is left of one run, but for what another one has."""
     from calm_ray.comparison.shared import share_questions, share_start
+    from calm_ray.core.console import say
     from calm_ray.preferences.gamma import check_gamma
-    from calm_ray.progress import say
     from calm_ray.questions.into_run import take_questions
     from calm_ray.rounds import run_to_end
     from calm_ray.start import check_start, start_policy

@@ -1,7 +1,7 @@
 """The typed configuration of a run: what a recipe may say.
 
 A recipe is a YAML file with the keys of `Config`; `section.key=value` overrides a key of it. Unknown keys and wrong
-types are refused with the nearest known name. The sections are in `calm_ray.sections`.
+types are refused with the nearest known name. The sections are in `calm_ray.core.sections`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from calm_ray.languages import LANGUAGES
-from calm_ray.safety import local_problem, refuse_secrets
-from calm_ray.sections import (
+from calm_ray.core.languages import LANGUAGES
+from calm_ray.core.safety import local_problem, refuse_secrets
+from calm_ray.core.sections import (
     Candidates,
     Dco,
     Engines,

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from calm_ray.bad_prompts import BadPrompts
-from calm_ray.progress import step
+from calm_ray.core.console import step
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.dispatch import Dispatcher, without_bad
 from calm_ray.sampling.pool import EnginePool

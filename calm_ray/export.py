@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from calm_ray.errors import InputError
+from calm_ray.core.console import say
+from calm_ray.core.errors import InputError
+from calm_ray.core.safety import local_path
 from calm_ray.model_files import model_files, require_safetensors
 from calm_ray.opened import open_run
-from calm_ray.progress import say
-from calm_ray.safety import local_path
 from calm_ray.training.merging import merge
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from calm_ray.errors import CalmRayError, StorageError
+from calm_ray.core.errors import CalmRayError, StorageError
 from calm_ray.owner import InUseError, Owner, parse_owner, this_process
 from calm_ray.storage import Storage
 

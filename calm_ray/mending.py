@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from calm_ray.changes import follows
+from calm_ray.core.console import say, step
 from calm_ray.policies import Policy
-from calm_ray.progress import say, step
 from calm_ray.rundir import RunDir
 from calm_ray.stage import Stage
 

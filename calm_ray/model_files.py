@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".spm", ".tiktoken", ".jinja")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calm_ray.config import Config
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.recipes import validated
 from calm_ray.rundir import RunDir

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
 
 # A lock is a file that others may have written, and its words are printed.
 Word = Annotated[str, StringConstraints(pattern=r"^[\w.:@\[\] +-]*$", max_length=255)]

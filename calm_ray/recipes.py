@@ -17,11 +17,11 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from calm_ray import plain_yaml
 from calm_ray.config import Config
-from calm_ray.errors import InputError
-from calm_ray.safety import local_path, redact
-from calm_ray.sections import Preferences, unknown_name
+from calm_ray.core import safe_yaml
+from calm_ray.core.errors import InputError
+from calm_ray.core.safety import local_path, redact
+from calm_ray.core.sections import Preferences, unknown_name
 
 RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
 DEMO_RECIPE = RECIPES / "demo.yaml"
@@ -123,7 +123,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         )
     try:
         with open(found, "rb") as file:
-            raw = plain_yaml.load(file.read(plain_yaml.LARGEST + 1).decode())
+            raw = safe_yaml.load(file.read(safe_yaml.LARGEST + 1).decode())
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: not readable as YAML: {_said(error)}") from None
     if not isinstance(raw, dict):
@@ -135,7 +135,7 @@ def override(raw: dict[str, Any], word: str) -> None:
     """Sets the key of `section.key=value`. Raises InputError."""
     key, equals, value = word.partition("=")
     *sections, last = key.split(".")
-    if not equals or not all([*sections, last]) or len(sections) >= plain_yaml.DEEPEST:
+    if not equals or not all([*sections, last]) or len(sections) >= safe_yaml.DEEPEST:
         raise InputError(f"{_shown(word)}: an override looks like section.key=value")
     place = raw
     for section in sections:
@@ -145,7 +145,7 @@ def override(raw: dict[str, Any], word: str) -> None:
         if not isinstance(place, dict):
             raise InputError(f"{_shown(key)}: {section} is a value, not a section")
     try:
-        place[last] = plain_yaml.load(value)
+        place[last] = safe_yaml.load(value)
     except yaml.YAMLError as error:
         raise InputError(f"{_shown(key)}: the value is not readable as YAML: {_said(error)}") from None
 

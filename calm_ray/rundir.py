@@ -31,7 +31,7 @@ from calm_ray.bad_prompts import FILE as BAD_PROMPTS
 from calm_ray.bad_prompts import BadPrompts
 from calm_ray.changes import PARTS_OF, STEPS_OF_A_ROUND, Step, differences, earliest, invalid_stages
 from calm_ray.config import Config
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage

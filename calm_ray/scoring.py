@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from calm_ray.config import Config
+from calm_ray.core.console import step
+from calm_ray.core.sections import Candidates
 from calm_ray.engine_work import over_chunks_and_languages
 from calm_ray.evaluation.from_scores import OptimumCounter, ScoreCounter
 from calm_ray.policies import Policy
 from calm_ray.preferences.candidate_pairs import CandidatePairs
 from calm_ray.preferences.own_candidates import OwnCandidates
-from calm_ray.progress import step
 from calm_ray.ray_data import count_over, over_chunks
 from calm_ray.rundir import RunDir
 from calm_ray.sampling.candidates import CandidateForm
 from calm_ray.sampling.pool import EnginePool
-from calm_ray.sections import Candidates
 from calm_ray.stage import Stage
 
 Part = Literal["score", "evaluate"]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from calm_ray.config import Config
+from calm_ray.core.console import say, step
+from calm_ray.core.rows import rows_of
 from calm_ray.engine_work import over_chunks_and_languages
 from calm_ray.evaluation.from_scores import answers_of, changed_answers
 from calm_ray.evaluation.report import evaluation_report, gold_of
@@ -16,9 +18,7 @@ from calm_ray.inputs import context_tokens
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.preferences.own_candidates import OwnCandidates
 from calm_ray.preferences.pipeline import PreferenceJob
-from calm_ray.progress import say, step
 from calm_ray.ray_data import count_over, over_chunks
-from calm_ray.rows import rows_of
 from calm_ray.rundir import RunDir
 from calm_ray.sampling.generator import Decoding
 from calm_ray.sampling.pool import EnginePool

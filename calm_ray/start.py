@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from calm_ray.config import Config
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
 from calm_ray.opened import OpenedRun, open_run
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.rundir import RunDir

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from calm_ray.errors import InputError, StorageError
-from calm_ray.progress import say
-from calm_ray.safety import local_problem, redact, refuse_secrets
+from calm_ray.core.console import say
+from calm_ray.core.errors import InputError, StorageError
+from calm_ray.core.safety import local_problem, redact, refuse_secrets
 
 T = TypeVar("T")
 BLOCK_BYTES = 16 << 20

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from calm_ray.config import Config
-from calm_ray.progress import console
+from calm_ray.core.console import console
 from calm_ray.rundir import RunDir
 
 

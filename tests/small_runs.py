@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from calm_ray.core.sections import Lora
 from calm_ray.policies import Policy, publish
 from calm_ray.rundir import RunDir
-from calm_ray.sections import Lora
 from calm_ray.world.generator import build_world, world_questions
 
 LANGUAGES = ["en", "fr"]

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from calm_ray.comparison.plan import Contender
-from calm_ray.errors import InputError
+from calm_ray.core.console import say
+from calm_ray.core.errors import InputError
 from calm_ray.policies import Policy
-from calm_ray.progress import say
 from calm_ray.rundir import RunDir
 from calm_ray.stage import Stage
 

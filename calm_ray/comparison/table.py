@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from calm_ray.comparison.plan import BASE, Comparison
+from calm_ray.core.console import console
 from calm_ray.evaluation.score_report import ENGLISH
-from calm_ray.progress import console
 from calm_ray.rundir import RunDir
 from calm_ray.summary import first_optimum, percent, plain_table
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from calm_ray.errors import InputError
+from calm_ray.core.console import console
+from calm_ray.core.errors import InputError
 from calm_ray.opened import open_run
 from calm_ray.preferences.gamma import describe_gamma, distance_from_rank_one, exponents, gammas
-from calm_ray.progress import console
 from calm_ray.rundir import RunDir
 from calm_ray.summary import percent, plain_table
 

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from calm_ray.core.rows import Prediction, Question
 from calm_ray.evaluation.metrics import ac3, accuracy, consistency, unreadable
-from calm_ray.rows import Prediction, Question
 
 
 def gold_of(questions: Iterable[Question]) -> dict[str, str]:

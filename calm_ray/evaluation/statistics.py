@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from calm_ray.progress import console
+from calm_ray.core.console import console
 from calm_ray.summary import percent, plain_table
 
 BAR = 40

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from calm_ray import plain_yaml
-from calm_ray.errors import InputError
+from calm_ray.core import safe_yaml
+from calm_ray.core.errors import InputError
+from calm_ray.core.safety import local_path
 from calm_ray.planning.needs import ENGINE_PLACE, TRAIN_PLACE
-from calm_ray.safety import local_path
 
 GB, GIB = 10**9, 2**30
 
@@ -205,7 +205,7 @@ def _read_launcher(path: Path) -> dict[str, Any]:
     if path.stat().st_size > 10**6:
         raise InputError(f"cluster: {path} is larger than 1 MB; that is no file of Ray's cluster launcher")
     try:
-        raw = plain_yaml.load(path.read_text("utf-8"))
+        raw = safe_yaml.load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"cluster: {path} is not readable as YAML: {error}") from None
     if not isinstance(raw, dict):

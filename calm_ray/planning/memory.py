@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from calm_ray.config import Config
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
+from calm_ray.core.sections import Train
 from calm_ray.planning.hardware import GB, GIB, Device
 from calm_ray.planning.model_shape import Shape
-from calm_ray.sections import Train
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FLOAT32 = 4

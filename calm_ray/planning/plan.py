@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from calm_ray.config import Config
-from calm_ray.errors import ResourceError
+from calm_ray.core.errors import ResourceError
 from calm_ray.planning.durations import seconds_of
 from calm_ray.planning.hardware import DEVICES, Device, Node
 from calm_ray.planning.layout import Layout, lay_out

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.table import Table
 
 from calm_ray.config import Config
-from calm_ray.errors import InputError
+from calm_ray.core.console import console, say
+from calm_ray.core.errors import InputError
 from calm_ray.planning.durations import BANDWIDTH_SHARE, FLOPS_SHARE
 from calm_ray.planning.hardware import GB, Node, nodes_alike, nodes_of_launcher, this_machine
 from calm_ray.planning.layout import Place, gb, lay_out
@@ -18,7 +19,6 @@ from calm_ray.planning.model_shape import Shape, shape_of
 from calm_ray.planning.needs import needs_of
 from calm_ray.planning.plan import Plan, make_plan
 from calm_ray.planning.work import BYTES_PER_TOKEN, CHOICES, PROMPT_TOKENS
-from calm_ray.progress import console, say
 from calm_ray.recipes import load_config
 
 MOST_GUESSED = 64

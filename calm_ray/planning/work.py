@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from calm_ray.config import WORLD, Config
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
+from calm_ray.core.rows import Question
 from calm_ray.planning.memory import BYTES, FLOAT32, context_of
 from calm_ray.planning.model_shape import Shape
 from calm_ray.policies import BaseModel
-from calm_ray.rows import Question
 
 PROMPT_TOKENS = 256
 """Assumed of a prompt where the questions cannot be read."""
@@ -22,7 +22,7 @@ CHOICE_TOKENS = 16
 CHOICES = 4
 """Assumed of a question that cannot be read."""
 TOKEN_ID_BYTES = 8
-"""Token ids travel as 64-bit integers (`calm_ray.rows`); Parquet packs them smaller, which is not counted on."""
+"""Token ids travel as 64-bit integers (`calm_ray.core.rows`); Parquet packs them smaller, which is not counted on."""
 CHECKPOINTS = 2
 """The last checkpoint, and the one being written."""
 POLICIES = 2

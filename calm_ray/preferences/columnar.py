@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from calm_ray.core.sections import Preferences
 from calm_ray.evaluation.samples import columns_of_ballots, count_samples
 from calm_ray.preferences.pairing import pair_up
 from calm_ray.preferences.voting import Ballots, elect
@@ -18,7 +19,6 @@ from calm_ray.sampling.extraction import EXTRACTORS, NOBODY, Ints
 from calm_ray.sampling.prompts import LETTERS
 from calm_ray.sampling.recorded import Recorded
 from calm_ray.sampling.released import explanations, form, own_form, training_prompts
-from calm_ray.sections import Preferences
 
 PAIRS = pa.schema(
     [
@@ -29,7 +29,7 @@ PAIRS = pa.schema(
         )
     ]
 )  # fmt: skip
-"""Like `calm_ray.rows.Pair`, without what only an engine knows."""
+"""Like `calm_ray.core.rows.Pair`, without what only an engine knows."""
 _LETTERS = pa.array(list(LETTERS))
 
 

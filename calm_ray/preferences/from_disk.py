@@ -18,16 +18,16 @@ import ray
 import ray.data
 
 from calm_ray.cluster import cluster
-from calm_ray.errors import InputError
+from calm_ray.core.console import say, step
+from calm_ray.core.errors import InputError
+from calm_ray.core.sections import Preferences
 from calm_ray.evaluation.samples import sample_report
 from calm_ray.planning.needs import Needs, Part
 from calm_ray.preferences.columnar import PAIRS, make_pairs
-from calm_ray.progress import say, step
 from calm_ray.questions.parallel import BAD_ROWS, as_lines
 from calm_ray.questions.reader import OnBadRow
 from calm_ray.sampling.imports import Imported, open_completions
 from calm_ray.sampling.recorded import RecordedChunks
-from calm_ray.sections import Preferences
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from calm_ray.core.rows import Pair, schema
+from calm_ray.core.sections import Dco
+from calm_ray.core.seeds import derive_seed
 from calm_ray.evaluation.scores import Scores
 from calm_ray.preferences.gamma import Floats, target_margins
-from calm_ray.rows import Pair, schema
 from calm_ray.sampling.candidates import label
-from calm_ray.sections import Dco
-from calm_ray.seeds import derive_seed
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from calm_ray.languages import language_code
+from calm_ray.core.languages import language_code
+from calm_ray.core.sections import Preferences
+from calm_ray.core.seeds import rng_of
 from calm_ray.preferences.voting import Ballots, Election, merge_order
 from calm_ray.sampling.extraction import NOBODY, Ints
-from calm_ray.sections import Preferences
-from calm_ray.seeds import rng_of
 
 Texts = Sequence[str]
 """Or an Arrow array of texts."""

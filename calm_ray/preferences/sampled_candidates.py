@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from calm_ray.core.rows import CandidateSet, Completion, Question
+from calm_ray.core.seeds import rng_of
 from calm_ray.preferences.translators import Passage, Translator
-from calm_ray.rows import CandidateSet, Completion, Question
 from calm_ray.sampling.complete import encode_prompt, plain_prompt
 from calm_ray.sampling.prompts import letters, prompt_text
-from calm_ray.seeds import rng_of
 
 ByLanguage = Mapping[str, Question]
 

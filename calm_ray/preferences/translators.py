@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from calm_ray.languages import LANGUAGES
+from calm_ray.core.languages import LANGUAGES
 from calm_ray.sampling.answers import extract_answer
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from calm_ray.languages import language_code
-from calm_ray.rows import Completion, Vote
+from calm_ray.core.languages import language_code
+from calm_ray.core.rows import Completion, Vote
+from calm_ray.core.sections import Preferences
+from calm_ray.core.seeds import rng_of
 from calm_ray.sampling.extraction import NOBODY, Ints, letter, letter_index
 from calm_ray.sampling.prompts import LETTERS
-from calm_ray.sections import Preferences
-from calm_ray.seeds import rng_of
 
 
 @dataclass(frozen=True)

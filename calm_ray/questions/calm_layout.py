@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from itertools import islice
 
-from calm_ray.languages import LANGUAGES
+from calm_ray.core.languages import LANGUAGES
 from calm_ray.questions.records import BadRow
 from calm_ray.sampling.prompts import LETTERS
 

@@ -8,11 +8,11 @@ from itertools import islice
 import pyarrow as pa
 import ray.data
 
+from calm_ray.core.rows import Question, table
 from calm_ray.questions.parallel import refusal
 from calm_ray.questions.reader import OnBadRow, read_part
 from calm_ray.questions.records import BadRow
 from calm_ray.questions.sources import Part, open_source
-from calm_ray.rows import Question, table
 
 BLOCK = 1_000
 """Rows that a task hands on at once; Ray Data joins these into blocks of its own size."""

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
+from calm_ray.core.rows import Question
 from calm_ray.questions.calm_layout import read_gold, read_input
 from calm_ray.questions.records import BadRow
 from calm_ray.questions.xcopa_phrases import XCOPA_PHRASES
-from calm_ray.rows import Question
 from calm_ray.sampling.prompts import LETTERS
 
 Fields = dict[str, Any]
@@ -185,7 +185,7 @@ FORMATS: dict[str, Format] = {
     for one in (
         Format(
             "questions", ("question_id", "language", "text", "choices"), _questions,
-            "calm_ray.rows.Question; gold and subject may be left out", language_field="language",
+            "calm_ray.core.rows.Question; gold and subject may be left out", language_field="language",
         ),
         Format(
             "xcsqa", ("id", "lang", "question"), _xcsqa,

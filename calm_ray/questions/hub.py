@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from calm_ray.errors import InputError
-from calm_ray.safety import redact
+from calm_ray.core.errors import InputError
+from calm_ray.core.safety import redact
 
 HUB = "hub:"
 """What a part of a hub data set starts with: `hub:owner/name:config:split`."""

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from calm_ray.config import Config
+from calm_ray.core.console import say
+from calm_ray.core.rows import BASE_POLICY, Question
 from calm_ray.inputs import Inputs, candidate_check, too_long
 from calm_ray.policies import BaseModel
-from calm_ray.progress import say
 from calm_ray.questions.parallel import BAD_ROWS, as_lines
 from calm_ray.questions.reader import Intake, write_chunks
 from calm_ray.questions.records import BadRow
@@ -20,7 +21,6 @@ from calm_ray.questions.translation import (
     Report,
     translate_missing,
 )
-from calm_ray.rows import BASE_POLICY, Question
 from calm_ray.rundir import RunDir
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.storage import Storage

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
+from calm_ray.core.safety import refused_as
 from calm_ray.questions.hub import HUB, hub_rows
-from calm_ray.safety import refused_as
 
 BATCH = 1_000
 """Rows of a Parquet file that are held at once."""

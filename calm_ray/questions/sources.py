@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calm_ray.errors import InputError
-from calm_ray.languages import LANGUAGES, language_code
+from calm_ray.core.errors import InputError
+from calm_ray.core.languages import LANGUAGES, language_code
+from calm_ray.core.safety import local_path
 from calm_ray.questions.formats import Format, format_named, recognise
 from calm_ray.questions.hub import HUB, hub_names
 from calm_ray.questions.records import READERS, read_records
-from calm_ray.safety import local_path
 
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json"}  # descriptions that lie beside data files
 _WORD_END = re.compile(r"[^\w-]|_")

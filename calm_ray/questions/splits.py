@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from calm_ray.errors import InputError
-from calm_ray.rows import Question
+from calm_ray.core.errors import InputError
+from calm_ray.core.rows import Question
 
 
 def split_ids(count: int, train: int, rng: random.Random) -> tuple[list[int], list[int]]:

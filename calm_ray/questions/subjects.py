@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from calm_ray.errors import InputError
-from calm_ray.rows import Question
+from calm_ray.core.errors import InputError
+from calm_ray.core.rows import Question
 
 SHOWN = 60
 """Subjects that an error message names; MMLU has 57."""

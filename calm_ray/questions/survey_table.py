@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from rich.table import Table
 
-from calm_ray.progress import console, step
+from calm_ray.core.console import console, step
 from calm_ray.questions.parallel import SHOWN, Problem
 from calm_ray.questions.reader import OnBadRow, Row, read
 from calm_ray.questions.survey import Survey, survey_rows

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypedDict, cast
 
-from calm_ray.errors import InputError
-from calm_ray.languages import LANGUAGES
-from calm_ray.progress import say, step
-from calm_ray.rows import Question, rows_of, table
+from calm_ray.core.console import say, step
+from calm_ray.core.errors import InputError
+from calm_ray.core.languages import LANGUAGES
+from calm_ray.core.rows import Question, rows_of, table
 from calm_ray.sampling.prompts import LETTERS
 from calm_ray.storage import Storage
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from calm_ray.errors import InputError
-from calm_ray.languages import LANGUAGES, Language, language_code
+from calm_ray.core.errors import InputError
+from calm_ray.core.languages import LANGUAGES, Language, language_code
 from calm_ray.sampling.prompts import LETTERS
 
 # What may stand around a marker or a letter: markdown, brackets, quotes, and the invisible marks that keep a Latin

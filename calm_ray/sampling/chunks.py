@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from calm_ray.core.rows import rows_of
 from calm_ray.policies import Policy
-from calm_ray.rows import rows_of
 from calm_ray.stage import Stage
 
 

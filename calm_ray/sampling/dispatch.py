@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from calm_ray.errors import CalmRayError
+from calm_ray.core.errors import CalmRayError
 from calm_ray.sampling.chunks import ChunkTask
 
 ACCIDENTS = 2

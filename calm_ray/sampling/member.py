@@ -88,4 +88,4 @@ def is_machine_lost(error: RayError, node: str | None) -> bool:
 
 def remote_traceback(error: Exception) -> str:
     """What a person needs to find out why vLLM did not start; of our own errors the message says it all."""
-    return "" if "calm_ray.errors." in str(error) else str(error)
+    return "" if "calm_ray.core.errors." in str(error) else str(error)

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from calm_ray.cluster import WAIT_SECONDS, free_resources, on_this_node
-from calm_ray.errors import CalmRayError
+from calm_ray.core.errors import CalmRayError
 from calm_ray.policies import Policy
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.dispatch import Dispatcher

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from calm_ray.languages import LANGUAGES
-from calm_ray.rows import Question
+from calm_ray.core.languages import LANGUAGES
+from calm_ray.core.rows import Question
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

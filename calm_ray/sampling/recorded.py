@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from calm_ray.rows import Question, rows_of
+from calm_ray.core.rows import Question, rows_of
 from calm_ray.sampling.prompts import question_text
 from calm_ray.stage import Stage
 

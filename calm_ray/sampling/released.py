@@ -12,7 +12,7 @@ from functools import cache
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from calm_ray.languages import LANGUAGES, language_code
+from calm_ray.core.languages import LANGUAGES, language_code
 
 RELEASED_LETTERS = pa.array(list("ABCDE"))
 """All that the published code reads."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calm_ray.config import Config
+from calm_ray.core.sections import Engines, Lora
 from calm_ray.policies import BaseModel
-from calm_ray.sections import Engines, Lora
 
 ENGINE_SHARE = 0.6
 

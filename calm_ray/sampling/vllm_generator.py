@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from calm_ray.core.rows import BASE_POLICY
 from calm_ray.policies import Policy, forget_policies, require_safetensors
-from calm_ray.rows import BASE_POLICY
 from calm_ray.sampling.generator import Decoding, Generated, Likelihoods
 from calm_ray.sampling.spec import EngineSpec
 

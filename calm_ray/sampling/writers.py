@@ -15,7 +15,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from calm_ray.errors import CalmRayError
+from calm_ray.core.errors import CalmRayError
 from calm_ray.policies import Policy
 from calm_ray.sampling.member import is_machine_lost
 

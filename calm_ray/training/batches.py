@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calm_ray.rows import Pair
-from calm_ray.seeds import derive_seed, rng_of
+from calm_ray.core.rows import Pair
+from calm_ray.core.seeds import derive_seed, rng_of
 
 IGNORED = -100
 """Label of positions that are not scored."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 
-from calm_ray.errors import InputError
-from calm_ray.sections import Train
+from calm_ray.core.errors import InputError
+from calm_ray.core.sections import Train
 from calm_ray.training import attention
 from calm_ray.training.model import decoder_layers, empty_model, lora_config, require_weights
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from calm_ray.core.rows import Margin, rows_of, table
 from calm_ray.policies import Policy
-from calm_ray.rows import Margin, rows_of, table
 from calm_ray.stage import Stage
 from calm_ray.training.batches import Example, Key
 

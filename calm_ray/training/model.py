@@ -28,10 +28,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl.trainer import add_fused_lm_head, disable_dropout_in_model
 
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
+from calm_ray.core.sections import Lora, Train
+from calm_ray.core.seeds import derive_seed
 from calm_ray.policies import Policy
-from calm_ray.sections import Lora, Train
-from calm_ray.seeds import derive_seed
 from calm_ray.training import attention
 from calm_ray.training.batches import PackedBatch
 

@@ -9,7 +9,7 @@ from itertools import combinations
 import torch.distributed as dist
 from torch import Tensor
 
-from calm_ray.rows import Margin
+from calm_ray.core.rows import Margin
 from calm_ray.training.batches import Example, Key
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from calm_ray.rows import Question
+from calm_ray.core.rows import Question
 from calm_ray.sampling.prompts import LETTERS, completion_text
 
 TOWNS = 96

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from calm_ray.languages import LANGUAGES
+from calm_ray.core.console import say, step
+from calm_ray.core.languages import LANGUAGES
 from calm_ray.policies import cache_folder, node_lock
-from calm_ray.progress import say, step
 from calm_ray.sampling.prompts import LETTERS, prompt_text
 from calm_ray.storage import hash_folder
 from calm_ray.world.generator import CHOICES, TOWNS, World, lexicon, topics, world_languages

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from small_runs import MOMENTS
 
-from calm_ray.rows import rows_of
+from calm_ray.core.rows import rows_of
 from calm_ray.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,10 @@ import pytest
 from factories import read_questions
 from small_runs import LANGUAGES, MOMENTS, make_adapter
 
+from calm_ray.core.rows import rows_of
+from calm_ray.core.sections import Engines, Lora
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.questions.reader import write_chunks
-from calm_ray.rows import rows_of
 from calm_ray.rundir import RunDir
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.dispatch import Dispatcher
@@ -25,7 +26,6 @@ from calm_ray.sampling.generator import Decoding
 from calm_ray.sampling.health import Health
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.sampling.spec import EngineSpec
-from calm_ray.sections import Engines, Lora
 from calm_ray.stage import Stage
 
 ENGINES = 3

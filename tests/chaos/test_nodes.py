@@ -15,7 +15,7 @@ import pytest
 from ray.cluster_utils import Cluster
 from small_runs import MOMENTS
 
-from calm_ray.rows import rows_of
+from calm_ray.core.rows import rows_of
 from calm_ray.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]

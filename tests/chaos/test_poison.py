@@ -13,7 +13,7 @@ from small_runs import LANGUAGES
 from transformers import AutoTokenizer
 
 from calm_ray.cli import main
-from calm_ray.rows import Question, rows_of
+from calm_ray.core.rows import Question, rows_of
 from calm_ray.rundir import RunDir
 from calm_ray.sampling.complete import encode_prompt
 from calm_ray.sampling.prompts import prompt_text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from calm_ray.cli import main
-from calm_ray.rows import rows_of
+from calm_ray.core.rows import rows_of
 from calm_ray.rundir import RunDir
 
 

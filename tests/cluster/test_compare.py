@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from calm_ray.compare import main
-from calm_ray.rows import rows_of
+from calm_ray.core.rows import rows_of
 from calm_ray.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]

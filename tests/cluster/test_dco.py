@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from calm_ray.config import Config
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
+from calm_ray.core.rows import rows_of
 from calm_ray.rounds import align
-from calm_ray.rows import rows_of
 from calm_ray.rundir import RunDir
 from calm_ray.stage import Stage
 from calm_ray.testing import word_tokenizer, write_tiny_model

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from calm_ray.cli import main
-from calm_ray.rows import rows_of
+from calm_ray.core.rows import rows_of
 from calm_ray.rundir import RunDir
 
 pytestmark = pytest.mark.usefixtures("ray_8_cpus")

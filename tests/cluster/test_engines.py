@@ -18,9 +18,10 @@ from ray.exceptions import RayActorError
 from small_runs import make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from calm_ray.core.rows import Question, rows_of
+from calm_ray.core.sections import Engines, Lora
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.questions.reader import write_chunks
-from calm_ray.rows import Question, rows_of
 from calm_ray.rundir import RunDir
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.dispatch import Dispatcher
@@ -31,7 +32,6 @@ from calm_ray.sampling.pool import EnginePool
 from calm_ray.sampling.prompts import prompt_text
 from calm_ray.sampling.spec import EngineSpec
 from calm_ray.sampling.writers import Writers
-from calm_ray.sections import Engines, Lora
 from calm_ray.stage import Stage
 
 LANGUAGES = ["en", "fr"]

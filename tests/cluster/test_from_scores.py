@@ -4,8 +4,8 @@ from pathlib import Path
 
 from factories import scored_tables
 
+from calm_ray.core.rows import Prediction, table
 from calm_ray.evaluation.from_scores import answers_of, changed_answers
-from calm_ray.rows import Prediction, table
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 

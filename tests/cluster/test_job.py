@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calm_ray.cli import main
-from calm_ray.rows import rows_of
+from calm_ray.core.rows import rows_of
 from calm_ray.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from pyarrow import fs
 from transformers import AutoModelForCausalLM
 
 from calm_ray.cli import main
-from calm_ray.errors import StorageError
+from calm_ray.core.errors import StorageError
 from calm_ray.lock import locked
 from calm_ray.rundir import RunDir
 from calm_ray.storage import Storage, hash_folder

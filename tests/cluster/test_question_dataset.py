@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from factories import question, read_questions
 
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
+from calm_ray.core.rows import Question, schema
 from calm_ray.questions.dataset import BLOCK, question_dataset
-from calm_ray.rows import Question, schema
 
 pytestmark = pytest.mark.usefixtures("ray_8_cpus")
 

@@ -15,10 +15,10 @@ from ray.train.torch import TorchTrainer
 from transformers import AutoModelForCausalLM
 
 from calm_ray.config import Objective
-from calm_ray.errors import CalmRayError
+from calm_ray.core.errors import CalmRayError
+from calm_ray.core.rows import rows_of
+from calm_ray.core.sections import Lora, Train
 from calm_ray.policies import BaseModel, Policy
-from calm_ray.rows import rows_of
-from calm_ray.sections import Lora, Train
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calm_ray.errors import InputError
-from calm_ray.languages import LANGUAGES
+from calm_ray.core.errors import InputError
+from calm_ray.core.languages import LANGUAGES
 from calm_ray.sampling.answers import extract_answer
 from calm_ray.sampling.prompts import completion_text
 

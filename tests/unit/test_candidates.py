@@ -7,13 +7,13 @@ from factories import question
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from calm_ray.core.rows import CandidateSet, Question
+from calm_ray.core.sections import Candidates
 from calm_ray.questions.records import BadRow
-from calm_ray.rows import CandidateSet, Question
 from calm_ray.sampling.answers import extract_answer
 from calm_ray.sampling.candidates import CandidateForm, label
 from calm_ray.sampling.complete import encode_prompt
 from calm_ray.sampling.prompts import letters
-from calm_ray.sections import Candidates
 from calm_ray.testing import word_tokenizer
 from calm_ray.world.generator import build_world, world_languages, world_questions
 from calm_ray.world.tokenizer import build_tokenizer

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from factories import tiny_model, token_pair
 from pyarrow import fs
 
+from calm_ray.core.rows import Pair, table
+from calm_ray.core.sections import Lora, Train
 from calm_ray.policies import BaseModel, Policy
-from calm_ray.rows import Pair, table
-from calm_ray.sections import Lora, Train
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 from calm_ray.training import checkpoint, notices

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from calm_ray.cli import main
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
 from calm_ray.recipes import DEMO_RECIPE, recipe_and_overrides
 
 

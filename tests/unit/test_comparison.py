@@ -15,10 +15,10 @@ from calm_ray.compare import DEMO_RECIPE, main, report
 from calm_ray.comparison.plan import TABLE_1, Comparison, named_methods, plan
 from calm_ray.comparison.shared import check_common_start, share_questions, share_start
 from calm_ray.comparison.table import change
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
+from calm_ray.core.rows import Completion, Question, rows_of, table
 from calm_ray.policies import BaseModel, Policy
 from calm_ray.recipes import RECIPES, load_config
-from calm_ray.rows import Completion, Question, rows_of, table
 from calm_ray.rundir import RunDir
 from calm_ray.stage import Stage
 

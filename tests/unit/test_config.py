@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
 from calm_ray.recipes import DEMO_RECIPE, load_config
 
 RECIPES = sorted(DEMO_RECIPE.parent.glob("*.yaml"))

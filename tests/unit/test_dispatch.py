@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from factories import question
 
-from calm_ray.errors import CalmRayError
-from calm_ray.rows import Question, table
+from calm_ray.core.errors import CalmRayError
+from calm_ray.core.rows import Question, table
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.dispatch import Dispatcher, without_bad
 from calm_ray.stage import Stage

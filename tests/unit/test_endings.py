@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from calm_ray.endings import exit_code_of
-from calm_ray.errors import InputError, ResourceError, StorageError
+from calm_ray.core.errors import InputError, ResourceError, StorageError
+from calm_ray.core.exit_codes import exit_code_of
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from factories import completion, question
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from calm_ray.rows import Completion, Question, rows_of, table
+from calm_ray.core.rows import Completion, Question, rows_of, table
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.engine import _put
 from calm_ray.sampling.health import Patience, Pulse

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from calm_ray.cli import main
 from calm_ray.config import Config
-from calm_ray.errors import InputError, ResourceError
+from calm_ray.core.errors import InputError, ResourceError
+from calm_ray.core.sections import Section
 from calm_ray.planning.hardware import nodes_alike
 from calm_ray.planning.model_shape import shape_of
 from calm_ray.planning.plan import make_plan
 from calm_ray.recipes import RECIPES, load_config, read_recipe
-from calm_ray.sections import Section
 
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

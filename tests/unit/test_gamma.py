@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.random import Generator
 
+from calm_ray.core.sections import Anchor, Dco
 from calm_ray.evaluation.ranking import ranks_of
 from calm_ray.evaluation.score_report import count_scores, score_report
 from calm_ray.evaluation.scores import scores_of
@@ -22,7 +23,6 @@ from calm_ray.preferences.gamma import (
     optimal_logps,
     target_margins,
 )
-from calm_ray.sections import Anchor, Dco
 
 CODES = ["en", "fr", "sw", "zh", "ru", "de"]
 CASES = 1_000

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_ray.languages import LANGUAGES, language_code
+from calm_ray.core.languages import LANGUAGES, language_code
 from calm_ray.sampling.prompts import prompt_text
 
 # The languages as the data sets of the three papers write them.

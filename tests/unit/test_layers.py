@@ -6,9 +6,9 @@ import sys
 import pytest
 
 CORE = [
-    "calm_ray.rows",
-    "calm_ray.languages",
-    "calm_ray.seeds",
+    "calm_ray.core.rows",
+    "calm_ray.core.languages",
+    "calm_ray.core.seeds",
     "calm_ray.storage",
     "calm_ray.rundir",
     "calm_ray.policies",

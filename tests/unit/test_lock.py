@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from calm_ray import lock
-from calm_ray.errors import CalmRayError, StorageError
+from calm_ray.core.errors import CalmRayError, StorageError
 from calm_ray.lock import locked
 from calm_ray.owner import InUseError, this_process
 from calm_ray.storage import Storage
 
 HOLDER = """
 import sys, time
-from calm_ray.errors import CalmRayError
+from calm_ray.core.errors import CalmRayError
 from calm_ray.lock import locked
 from calm_ray.storage import Storage
 try:

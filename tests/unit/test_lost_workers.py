@@ -10,9 +10,9 @@ import pytest
 import torch.distributed as dist
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 
-from calm_ray.errors import StorageError
+from calm_ray.core.errors import StorageError
+from calm_ray.core.rows import Margin
 from calm_ray.policies import Policy
-from calm_ray.rows import Margin
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 from calm_ray.training import margins

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 from factories import completion, completions, question
 
+from calm_ray.core.rows import CandidateSet, Completion, Question
 from calm_ray.preferences.sampled_candidates import Carried, candidate_sets, carry, draw
 from calm_ray.preferences.translators import Passage
-from calm_ray.rows import CandidateSet, Completion, Question
 from calm_ray.sampling.complete import score
 from calm_ray.testing import ScriptedGenerator, word_tokenizer
 

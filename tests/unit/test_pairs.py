@@ -2,11 +2,11 @@ from collections.abc import Sequence
 
 from factories import completion, completions, question
 
+from calm_ray.core.rows import Completion
+from calm_ray.core.sections import Preferences
 from calm_ray.preferences.pairs import Draft, carry_over, draft_pairs, finish_pairs
 from calm_ray.preferences.translators import ModelTranslator, Passage
 from calm_ray.preferences.voting import ballots_of, elect
-from calm_ray.rows import Completion
-from calm_ray.sections import Preferences
 from calm_ray.testing import word_tokenizer
 
 

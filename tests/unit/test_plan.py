@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from calm_ray.config import Config
-from calm_ray.errors import InputError, ResourceError
+from calm_ray.core.errors import InputError, ResourceError
 from calm_ray.planning.durations import BANDWIDTH_SHARE, FLOPS_SHARE, train_flops
 from calm_ray.planning.hardware import nodes_alike
 from calm_ray.planning.model_shape import shape_of

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from calm_ray.config import Config
-from calm_ray.errors import InputError, ResourceError
+from calm_ray.core.errors import InputError, ResourceError
 from calm_ray.planning.hardware import DEVICES, GB, GIB, Node, node_of_instance, nodes_alike, nodes_of_launcher
 from calm_ray.planning.layout import Layout, lay_out
 from calm_ray.planning.model_shape import Shape, shape_of, shape_of_folder

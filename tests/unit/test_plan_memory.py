@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm_ray.config import Config
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
+from calm_ray.core.sections import Lora, Train
 from calm_ray.planning.hardware import DEVICES, GB, GIB
 from calm_ray.planning.memory import (
     CUDA_ALLOWANCE,
@@ -25,7 +26,6 @@ from calm_ray.planning.memory import (
 )
 from calm_ray.planning.model_shape import WORLD_SHAPE, Shape, shape_of, shape_of_config, shape_of_folder, shape_of_name
 from calm_ray.recipes import RECIPES, load_config
-from calm_ray.sections import Lora, Train
 from calm_ray.training import attention
 from calm_ray.world import pretraining
 

@@ -12,7 +12,7 @@ import yaml
 from factories import read_questions
 
 from calm_ray.config import Config
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
 from calm_ray.planning.needs import needs_of, shortage
 from calm_ray.preferences.gamma import gammas
 from calm_ray.recipes import DEMO_RECIPE, RECIPES, load_config, load_preferences

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
 from calm_ray.questions import records
 from calm_ray.questions.records import read_records
 

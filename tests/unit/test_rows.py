@@ -2,7 +2,7 @@ import pyarrow as pa
 import pytest
 from factories import completion, question, scored
 
-from calm_ray import rows
+from calm_ray.core import rows
 
 
 def test_rows_travel_through_arrow_unchanged() -> None:

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from calm_ray.changes import earliest, invalid_stages
-from calm_ray.errors import CalmRayError, InputError
+from calm_ray.core.errors import CalmRayError, InputError
 from calm_ray.mending import mend
 from calm_ray.policies import BaseModel, Policy, fetch, publish, require_safetensors
 from calm_ray.recipes import load_config

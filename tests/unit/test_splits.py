@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from factories import question
 
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
 from calm_ray.questions.splits import split_ids, split_questions
 
 CASES: list[dict[str, Any]] = [

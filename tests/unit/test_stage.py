@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from calm_ray.bad_prompts import BadPrompts
-from calm_ray.errors import StorageError
+from calm_ray.core.errors import StorageError
 from calm_ray.mending import mend
 from calm_ray.policies import Policy
 from calm_ray.rundir import RunDir

@@ -15,7 +15,7 @@ import pytest
 from pyarrow import fs
 
 from calm_ray import storage as storages
-from calm_ray.errors import CalmRayError, StorageError
+from calm_ray.core.errors import CalmRayError, StorageError
 from calm_ray.policies import Policy, cache_folder, fetch, forget_policies, node_lock, publish
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage

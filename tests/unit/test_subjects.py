@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from factories import question
 
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
+from calm_ray.core.rows import Question
 from calm_ray.inputs import _read_questions
 from calm_ray.questions.subjects import of_subjects
 from calm_ray.recipes import load_config
-from calm_ray.rows import Question
 
 SUBJECTS = {"q1": "law", "q2": "law", "q3": "music", "q4": "maths"}
 QUESTIONS = [

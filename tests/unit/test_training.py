@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from calm_ray.config import Objective
+from calm_ray.core.sections import Lora, Train
 from calm_ray.policies import BaseModel, Policy, publish
-from calm_ray.sections import Lora, Train
 from calm_ray.stage import Stage
 from calm_ray.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model

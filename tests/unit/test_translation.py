@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from calm_ray.errors import InputError
+from calm_ray.core.errors import InputError
+from calm_ray.core.rows import Question
 from calm_ray.questions import translation
 from calm_ray.questions.translation import (
     ModelQuestionTranslator,
@@ -21,7 +22,6 @@ from calm_ray.questions.translation import (
     translate_missing,
     with_lines,
 )
-from calm_ray.rows import Question
 from calm_ray.storage import Storage
 
 ENGLISH = ("which", "animal", "flies", "eagle", "bear", "fish")

@@ -1,9 +1,9 @@
 import pytest
 from factories import completions
 
+from calm_ray.core.rows import Completion, Vote
+from calm_ray.core.sections import Preferences
 from calm_ray.preferences.voting import ballots_of, elect, merge_order, right_answers, vote_rows
-from calm_ray.rows import Completion, Vote
-from calm_ray.sections import Preferences
 
 
 def vote(rows: list[Completion], preferences: Preferences, seed: int = 0) -> Vote:

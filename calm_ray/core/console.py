@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from calm_ray.safety import redact
+from calm_ray.core.safety import redact
 
 LINE_SECONDS = 10.0
 """How often a step says where it is when it writes into a file."""

@@ -9,8 +9,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from calm_ray.errors import CalmRayError
-from calm_ray.safety import redact
+from calm_ray.core.errors import CalmRayError
+from calm_ray.core.safety import redact
 
 INTERRUPTED = 130
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from calm_ray.errors import CalmRayError, InputError
-from calm_ray.plain_yaml import is_plain_text
+from calm_ray.core.errors import CalmRayError, InputError
+from calm_ray.core.safe_yaml import is_plain_text
 
 CODE = "runs code of its own"
 WEIGHTS = "loads weights that calm_ray has not checked"

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from calm_ray.languages import LANGUAGES
-from calm_ray.safety import refuse_engine_args, refuse_trl_args
+from calm_ray.core.languages import LANGUAGES
+from calm_ray.core.safety import refuse_engine_args, refuse_trl_args
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Actors = Annotated[int, Field(ge=1, le=100_000)]

@@ -1,0 +1,1 @@
+"""Rows, sections of a recipe, languages, errors, the console: what everything else stands on."""
