@@ -35,8 +35,8 @@ from calm_ray.evaluation.scores import read_scored
 from calm_ray.planning.needs import Needs, Part
 from calm_ray.preferences.candidate_pairs import CandidatePairs
 from calm_ray.ray_data import over_chunks
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 
 LANGUAGES = ["en", "ar", "de", "es", "fr", "hi", "id", "it", "ja", "ko", "pt", "zh"]
 LETTERS = "ABCD"

@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerFast
 
 from calm_ray.core.rows import Pair, table
 from calm_ray.core.sections import Lora, Train
-from calm_ray.policies import BaseModel, Policy
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
+from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 from calm_ray.testing import write_tiny_model
 from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round

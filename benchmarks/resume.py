@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 
 from calm_ray.core.rows import Completion, table
-from calm_ray.mending import mend
-from calm_ray.rundir import RunDir
-from calm_ray.stage import Stage
+from calm_ray.run.directory import RunDir
+from calm_ray.run.repair import mend
+from calm_ray.run.stage import Stage
 
 
 def main() -> None:

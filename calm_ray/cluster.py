@@ -24,7 +24,7 @@ from calm_ray.nodes import kinds_of_cluster, nodes_of_cluster
 from calm_ray.planning.model_shape import shape_of_folder
 from calm_ray.planning.needs import ENGINE_PLACE, TRAIN_PLACE, Needs, Resources, shortage
 from calm_ray.planning.plan import check_plan
-from calm_ray.storage import Storage
+from calm_ray.run.storage import Storage
 
 WAIT_SECONDS = 30
 TOKEN = "RAY_AUTH_TOKEN"

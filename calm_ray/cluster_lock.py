@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorAlreadyExistsError, RayError
 
 from calm_ray.cluster import on_this_node
-from calm_ray.owner import InUseError
+from calm_ray.run.lock_owner import InUseError
 
 NAMESPACE = "calm_ray"
 PATIENCE_SECONDS = 3.0

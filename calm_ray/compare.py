@@ -18,7 +18,7 @@ from calm_ray.recipes import RECIPES, is_override, recipe_and_overrides
 
 if TYPE_CHECKING:
     from calm_ray.inputs import Inputs
-    from calm_ray.policies import BaseModel
+    from calm_ray.run.policies import BaseModel
     from calm_ray.sampling.pool import EnginePool
 
 DEMO_RECIPE = RECIPES / "dco_compare_demo.yaml"
@@ -70,7 +70,7 @@ def report(comparison: Comparison) -> None:
     """Prints the table and writes it, in shares, beside the runs."""
     from calm_ray.comparison.table import print_rows, table_rows
     from calm_ray.core.console import say
-    from calm_ray.storage import Storage
+    from calm_ray.run.storage import Storage
 
     rows = table_rows(comparison)
     storage, file = Storage(comparison.contenders[0].config.storage), f"{comparison.name}-compare.json"
@@ -85,7 +85,7 @@ def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
     Raises InputError for bad input of any of them before an engine starts.
     """
     from calm_ray.core.console import say
-    from calm_ray.lock import locked
+    from calm_ray.run.lock import locked
 
     with ExitStack() as locks:
         for one in contenders:
@@ -94,13 +94,13 @@ def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
 
 
 def _run_all(contenders: Sequence[Contender], overwrite: bool) -> None:
-    from calm_ray.about import about
     from calm_ray.cluster import check_layout, check_resources, check_storage, cluster
     from calm_ray.cluster_lock import locked_in_cluster
     from calm_ray.comparison.shared import check_common_start
     from calm_ray.core.console import say
-    from calm_ray.mending import mend
     from calm_ray.planning.needs import Needs, needs_of
+    from calm_ray.run.provenance import about
+    from calm_ray.run.repair import mend
     from calm_ray.sampling.pool import EnginePool
     from calm_ray.sampling.spec import engine_spec
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from calm_ray.core.console import say
 from calm_ray.core.errors import InputError
 from calm_ray.core.safety import local_path
-from calm_ray.model_files import model_files, require_safetensors
 from calm_ray.opened import open_run
-from calm_ray.training.merging import merge
+from calm_ray.run.merging import merge
+from calm_ray.run.model_files import model_files, require_safetensors
 
 
 def export_policy(run: str, target: str, round_number: int | None) -> None:

@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calm_ray.about import versions
 from calm_ray.config import WORLD, Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question
 from calm_ray.core.safety import refused_as
-from calm_ray.model_files import check_files
-from calm_ray.policies import BaseModel, require_safetensors
 from calm_ray.questions.reader import Intake, take_in
 from calm_ray.questions.records import BadRow
 from calm_ray.questions.splits import refuse_shared, split_questions
 from calm_ray.questions.subjects import of_subjects
+from calm_ray.run.model_files import check_files
+from calm_ray.run.policies import BaseModel, require_safetensors
+from calm_ray.run.provenance import versions
 from calm_ray.sampling.candidates import CandidateForm
 from calm_ray.sampling.complete import encode_prompt
 from calm_ray.sampling.prompts import letters, prompt_text

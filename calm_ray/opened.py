@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
-from calm_ray.policies import BaseModel, Policy
 from calm_ray.recipes import validated
-from calm_ray.rundir import RunDir
-from calm_ray.storage import Storage, storage_named
+from calm_ray.run.directory import RunDir
+from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.storage import Storage, storage_named
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from calm_ray.about import about
 from calm_ray.cluster import check_layout, check_storage, cluster
 from calm_ray.cluster_lock import locked_in_cluster
 from calm_ray.config import Config
 from calm_ray.core.console import say
 from calm_ray.inputs import prepare
-from calm_ray.lock import locked
-from calm_ray.mending import mend
 from calm_ray.planning.needs import needs_of
-from calm_ray.policies import BaseModel
 from calm_ray.preferences.gamma import check_gamma
 from calm_ray.questions.into_run import take_questions
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
+from calm_ray.run.lock import locked
+from calm_ray.run.policies import BaseModel
+from calm_ray.run.provenance import about
+from calm_ray.run.repair import mend
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.sampling.spec import engine_spec
 from calm_ray.stages import Stages

@@ -15,15 +15,15 @@ from calm_ray.evaluation.from_scores import answers_of, changed_answers
 from calm_ray.evaluation.report import evaluation_report, gold_of
 from calm_ray.evaluation.samples import sample_report
 from calm_ray.inputs import context_tokens
-from calm_ray.policies import BaseModel, Policy
 from calm_ray.preferences.own_candidates import OwnCandidates
 from calm_ray.preferences.pipeline import PreferenceJob
 from calm_ray.ray_data import count_over, over_chunks
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
+from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.stage import Stage
 from calm_ray.sampling.generator import Decoding
 from calm_ray.sampling.pool import EnginePool
 from calm_ray.scoring import Scoring
-from calm_ray.stage import Stage
 from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.opened import OpenedRun, open_run
-from calm_ray.policies import BaseModel, Policy
-from calm_ray.rundir import RunDir
-from calm_ray.storage import Storage, storage_named
+from calm_ray.run.directory import RunDir
+from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.storage import Storage, storage_named
 
 
 def check_start(config: Config, run: RunDir, model: BaseModel, *, overwrite: bool = False) -> None:

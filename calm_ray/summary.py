@@ -9,7 +9,7 @@ from rich.table import Table
 
 from calm_ray.config import Config
 from calm_ray.core.console import console
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
 
 
 def summarise(config: Config, run: RunDir) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import pytest
 
 from calm_ray.core.rows import Completion, Pair, Question, Scored, table
 from calm_ray.questions.reader import take_in
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from calm_ray.core.sections import Lora
-from calm_ray.policies import Policy, publish
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
+from calm_ray.run.policies import Policy, publish
 from calm_ray.world.generator import build_world, world_questions
 
 LANGUAGES = ["en", "fr"]

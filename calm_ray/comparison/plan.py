@@ -26,7 +26,7 @@ from calm_ray.config import TRAIN_BY_OBJECTIVE, WORLD, Config, objective_of
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import unknown_name
 from calm_ray.recipes import COMPARE, merge, override, read_recipe, validated
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
 
 BASE = "base"
 """The row of what all methods start from; no method, and no run."""

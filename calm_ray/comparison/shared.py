@@ -12,9 +12,9 @@ from typing import Literal
 from calm_ray.comparison.plan import Contender
 from calm_ray.core.console import say
 from calm_ray.core.errors import InputError
-from calm_ray.policies import Policy
-from calm_ray.rundir import RunDir
-from calm_ray.stage import Stage
+from calm_ray.run.directory import RunDir
+from calm_ray.run.policies import Policy
+from calm_ray.run.stage import Stage
 
 SPLITS: tuple[Literal["align", "evaluate"], ...] = ("align", "evaluate")
 

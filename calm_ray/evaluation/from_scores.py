@@ -12,7 +12,7 @@ from calm_ray.evaluation.score_report import count_distance, count_scores, dista
 from calm_ray.evaluation.scores import Scores, chunks_of, columns_for, read_scored, scores_of
 from calm_ray.preferences.gamma import gammas, optimal_logps
 from calm_ray.ray_data import count_over
-from calm_ray.stage import Stage
+from calm_ray.run.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from calm_ray.stage import Stage
+from calm_ray.run.stage import Stage
 
 Tables = dict[str, pa.Table]
 """Rows of `Scored` by language."""

@@ -11,7 +11,7 @@ from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question
 from calm_ray.planning.memory import BYTES, FLOAT32, context_of
 from calm_ray.planning.model_shape import Shape
-from calm_ray.policies import BaseModel
+from calm_ray.run.policies import BaseModel
 
 PROMPT_TOKENS = 256
 """Assumed of a prompt where the questions cannot be read."""

@@ -14,7 +14,7 @@ from calm_ray.core.sections import Dco
 from calm_ray.evaluation.scores import columns_for, read_scored, scores_of
 from calm_ray.preferences.gamma import gammas
 from calm_ray.preferences.margins import draw_pairs, pair_tables, targets
-from calm_ray.stage import Stage
+from calm_ray.run.stage import Stage
 
 
 @dataclass(frozen=True)

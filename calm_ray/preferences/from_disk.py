@@ -26,10 +26,10 @@ from calm_ray.planning.needs import Needs, Part
 from calm_ray.preferences.columnar import PAIRS, make_pairs
 from calm_ray.questions.parallel import BAD_ROWS, as_lines
 from calm_ray.questions.reader import OnBadRow
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 from calm_ray.sampling.imports import Imported, open_completions
 from calm_ray.sampling.recorded import RecordedChunks
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
 
 PAIRS_FILE = "pairs.parquet"
 TASKS_PER_CPU = 3

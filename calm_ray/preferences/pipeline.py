@@ -15,12 +15,12 @@ from calm_ray.core.rows import Completion, Pair, Question, Vote, rows_of, table
 from calm_ray.core.sections import Preferences
 from calm_ray.evaluation.report import gold_of
 from calm_ray.evaluation.samples import columns_of_pairs, count_samples
-from calm_ray.policies import BaseModel
 from calm_ray.preferences.pairs import carry_over, draft_pairs, finish_pairs
 from calm_ray.preferences.translators import ModelTranslator, Translator
 from calm_ray.preferences.voting import Ballots, Election, ballots_of, elect, right_answers, vote_rows
+from calm_ray.run.policies import BaseModel
+from calm_ray.run.stage import Stage
 from calm_ray.sampling.writers import Writers
-from calm_ray.stage import Stage
 from calm_ray.world.generator import build_world
 from calm_ray.world.translator import WorldTranslator
 

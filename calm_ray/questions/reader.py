@@ -14,8 +14,8 @@ from calm_ray.questions.formats import At, format_named
 from calm_ray.questions.parallel import Index, Problem, Seen, refusal
 from calm_ray.questions.records import BadRow, Record, read_records
 from calm_ray.questions.sources import Part, open_source
+from calm_ray.run.stage import Stage
 from calm_ray.sampling.prompts import LETTERS
-from calm_ray.stage import Stage
 
 OnBadRow = Literal["refuse", "skip"]
 

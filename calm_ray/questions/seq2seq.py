@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTr
 from calm_ray.core.errors import InputError
 from calm_ray.core.languages import LANGUAGES, language_code
 from calm_ray.core.rows import rows_of, table
-from calm_ray.policies import BaseModel, require_safetensors
 from calm_ray.questions.translation import BATCH, Answer, Request, Wording, check_codes, lines_of, with_lines
+from calm_ray.run.policies import BaseModel, require_safetensors
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from calm_ray.core.rows import rows_of
-from calm_ray.policies import Policy
-from calm_ray.stage import Stage
+from calm_ray.run.policies import Policy
+from calm_ray.run.stage import Stage
 
 
 @dataclass(frozen=True)

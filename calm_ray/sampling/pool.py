@@ -20,7 +20,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 
 from calm_ray.cluster import WAIT_SECONDS, free_resources, on_this_node
 from calm_ray.core.errors import CalmRayError
-from calm_ray.policies import Policy
+from calm_ray.run.policies import Policy
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.dispatch import Dispatcher
 from calm_ray.sampling.health import Health, Patience, Pulse

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from calm_ray.config import Config
 from calm_ray.core.sections import Engines, Lora
-from calm_ray.policies import BaseModel
+from calm_ray.run.policies import BaseModel
 
 ENGINE_SHARE = 0.6
 

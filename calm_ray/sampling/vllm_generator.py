@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calm_ray.core.rows import BASE_POLICY
-from calm_ray.policies import Policy, forget_policies, require_safetensors
+from calm_ray.run.policies import Policy, forget_policies, require_safetensors
 from calm_ray.sampling.generator import Decoding, Generated, Likelihoods
 from calm_ray.sampling.spec import EngineSpec
 
@@ -77,7 +77,7 @@ class VLLMGenerator:
             self._llm.llm_engine.add_lora(self._adapter)
 
     def _reload_weights(self, policy: Policy) -> None:
-        from calm_ray.training.merging import forget_merged, merged_folder
+        from calm_ray.run.merging import forget_merged, merged_folder
 
         folder = merged_folder(self._spec.model, policy)
         require_safetensors(folder)

@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from calm_ray.core.errors import CalmRayError
-from calm_ray.policies import Policy
+from calm_ray.run.policies import Policy
 from calm_ray.sampling.member import is_machine_lost
 
 RETRY_SECONDS = 1.0

@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_slices
 from torch.distributed.checkpoint.state_dict_saver import save as save_slices
 
-from calm_ray.policies import cache_folder, node_lock
-from calm_ray.storage import Storage
+from calm_ray.run.policies import cache_folder, node_lock
+from calm_ray.run.storage import Storage
 
 FOLDER = "checkpoints"
 WHOLE_FILE = "checkpoint.json"

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from calm_ray.config import Objective
 from calm_ray.core.rows import Margin, Pair, rows_of
 from calm_ray.core.sections import Train
-from calm_ray.policies import BaseModel, Policy, publish
-from calm_ray.stage import Stage
+from calm_ray.run.policies import BaseModel, Policy, publish
+from calm_ray.run.stage import Stage
 from calm_ray.training import checkpoint
 from calm_ray.training.batches import Example, Key, epoch_order, example_of, is_validation, pack, worker_packs
 from calm_ray.training.checkpoint import Position

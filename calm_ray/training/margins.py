@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from calm_ray.core.rows import Margin, rows_of, table
-from calm_ray.policies import Policy
-from calm_ray.stage import Stage
+from calm_ray.run.policies import Policy
+from calm_ray.run.stage import Stage
 from calm_ray.training.batches import Example, Key
 
 MARGINS = "margins"

@@ -31,7 +31,7 @@ from trl.trainer import add_fused_lm_head, disable_dropout_in_model
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import Lora, Train
 from calm_ray.core.seeds import derive_seed
-from calm_ray.policies import Policy
+from calm_ray.run.policies import Policy
 from calm_ray.training import attention
 from calm_ray.training.batches import PackedBatch
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from calm_ray.core.rows import Margin
-from calm_ray.policies import Policy, publish
+from calm_ray.run.policies import Policy, publish
 from calm_ray.training.batches import Example, Key
 from calm_ray.training.loop import Report, Trainer, TrainJob, read_examples
 from calm_ray.training.model import PolicyModel, fresh_lora, lora_config

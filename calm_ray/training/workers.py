@@ -24,8 +24,8 @@ from calm_ray.core.console import say
 from calm_ray.core.errors import CalmRayError, InputError
 from calm_ray.core.sections import Train
 from calm_ray.planning.needs import TRAIN_PLACE
-from calm_ray.policies import Policy
-from calm_ray.storage import Storage
+from calm_ray.run.policies import Policy
+from calm_ray.run.storage import Storage
 from calm_ray.training import checkpoint
 from calm_ray.training.loop import TrainJob
 

@@ -16,7 +16,7 @@ import pytest
 from small_runs import MOMENTS
 
 from calm_ray.core.rows import rows_of
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["0/evaluate", "1/sample", "1/pairs", "1/train", "1/evaluate"]

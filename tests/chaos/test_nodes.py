@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from small_runs import MOMENTS
 
 from calm_ray.core.rows import rows_of
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
 
 ROOT = Path(__file__).parents[2]
 ENGINE_CPUS = 3

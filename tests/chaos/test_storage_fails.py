@@ -10,7 +10,7 @@ import pytest
 
 from calm_ray.cli import main
 from calm_ray.core.rows import rows_of
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
 
 
 def mount(*options: str) -> None:

@@ -25,9 +25,9 @@ from ray.cluster_utils import Cluster
 from calm_ray.core.errors import InputError, StorageError
 from calm_ray.core.sections import Train
 from calm_ray.planning.needs import TRAIN_PLACE
-from calm_ray.policies import BaseModel, Policy
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
+from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 from calm_ray.training import workers
 from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round

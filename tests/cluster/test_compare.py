@@ -12,7 +12,7 @@ import pytest
 
 from calm_ray.compare import main
 from calm_ray.core.rows import rows_of
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
 
 ROOT = Path(__file__).parents[2]
 METHODS = ["base", "sft", "calm", "dpo_gold→dco"]

@@ -15,8 +15,8 @@ from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import rows_of
 from calm_ray.rounds import align
-from calm_ray.rundir import RunDir
-from calm_ray.stage import Stage
+from calm_ray.run.directory import RunDir
+from calm_ray.run.stage import Stage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("ray_8_cpus")

@@ -12,7 +12,7 @@ import pytest
 
 from calm_ray.cli import main
 from calm_ray.core.rows import rows_of
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
 
 pytestmark = pytest.mark.usefixtures("ray_8_cpus")
 

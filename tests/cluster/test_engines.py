@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calm_ray.core.rows import Question, rows_of
 from calm_ray.core.sections import Engines, Lora
-from calm_ray.policies import BaseModel, Policy
 from calm_ray.questions.reader import write_chunks
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
+from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.stage import Stage
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.dispatch import Dispatcher
 from calm_ray.sampling.engine import EngineActor
@@ -32,7 +33,6 @@ from calm_ray.sampling.pool import EnginePool
 from calm_ray.sampling.prompts import prompt_text
 from calm_ray.sampling.spec import EngineSpec
 from calm_ray.sampling.writers import Writers
-from calm_ray.stage import Stage
 
 LANGUAGES = ["en", "fr"]
 LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"])

@@ -6,8 +6,8 @@ from factories import scored_tables
 
 from calm_ray.core.rows import Prediction, table
 from calm_ray.evaluation.from_scores import answers_of, changed_answers
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 
 
 def scored_stage(folder: Path, logps: dict[str, list[list[float]]]) -> Stage:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calm_ray.cli import main
 from calm_ray.core.rows import rows_of
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

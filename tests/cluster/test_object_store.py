@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from calm_ray.cli import main
 from calm_ray.core.errors import StorageError
-from calm_ray.lock import locked
-from calm_ray.rundir import RunDir
-from calm_ray.storage import Storage, hash_folder
+from calm_ray.run.directory import RunDir
+from calm_ray.run.lock import locked
+from calm_ray.run.storage import Storage, hash_folder
 
 ROOT = Path(__file__).parents[2]
 

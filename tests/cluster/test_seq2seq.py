@@ -26,11 +26,11 @@ from transformers import (
 from calm_ray.cli import main
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question, rows_of
-from calm_ray.policies import BaseModel
 from calm_ray.questions.seq2seq import Direction, Seq2SeqModel, Seq2SeqTranslator, direction
 from calm_ray.questions.translation import translate_missing
-from calm_ray.rundir import RunDir
-from calm_ray.storage import Storage
+from calm_ray.run.directory import RunDir
+from calm_ray.run.policies import BaseModel
+from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 
 WORDS = {

@@ -18,9 +18,9 @@ from calm_ray.config import Objective
 from calm_ray.core.errors import CalmRayError
 from calm_ray.core.rows import rows_of
 from calm_ray.core.sections import Lora, Train
-from calm_ray.policies import BaseModel, Policy
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
+from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round

@@ -14,7 +14,7 @@ from factories import tiny_model, token_pair
 from transformers import AutoModelForCausalLM
 
 from calm_ray.core.sections import Lora, Train
-from calm_ray.policies import Policy
+from calm_ray.run.policies import Policy
 from calm_ray.testing import word_tokenizer, write_tiny_model
 from calm_ray.training.batches import Example, example_of, pack
 from calm_ray.training.model import PolicyModel

@@ -21,9 +21,9 @@ from pyarrow import fs
 
 from calm_ray.core.rows import Pair, table
 from calm_ray.core.sections import Lora, Train
-from calm_ray.policies import BaseModel, Policy
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
+from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 from calm_ray.training import checkpoint, notices
 from calm_ray.training.loop import Trainer, TrainJob, train_policy
 

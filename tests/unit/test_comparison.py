@@ -17,10 +17,10 @@ from calm_ray.comparison.shared import check_common_start, share_questions, shar
 from calm_ray.comparison.table import change
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Completion, Question, rows_of, table
-from calm_ray.policies import BaseModel, Policy
 from calm_ray.recipes import RECIPES, load_config
-from calm_ray.rundir import RunDir
-from calm_ray.stage import Stage
+from calm_ray.run.directory import RunDir
+from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.stage import Stage
 
 RECIPE: dict[str, Any] = {
     "name": "t1",

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from calm_ray import lock
 from calm_ray.core.errors import CalmRayError, StorageError
-from calm_ray.lock import locked
-from calm_ray.owner import InUseError, this_process
-from calm_ray.storage import Storage
+from calm_ray.run import lock
+from calm_ray.run.lock import locked
+from calm_ray.run.lock_owner import InUseError, this_process
+from calm_ray.run.storage import Storage
 
 HOLDER = """
 import sys, time
 from calm_ray.core.errors import CalmRayError
-from calm_ray.lock import locked
-from calm_ray.storage import Storage
+from calm_ray.run.lock import locked
+from calm_ray.run.storage import Storage
 try:
     with locked(Storage(sys.argv[1]), lambda line: print("said", line, flush=True)):
         print("held", flush=True)
@@ -36,9 +36,9 @@ except CalmRayError as error:
 RACE = """
 import multiprocessing, os, sys
 from pathlib import Path
-from calm_ray.lock import locked
-from calm_ray.owner import InUseError
-from calm_ray.storage import Storage
+from calm_ray.run.lock import locked
+from calm_ray.run.lock_owner import InUseError
+from calm_ray.run.storage import Storage
 
 def run(barrier, outcomes):
     barrier.wait()

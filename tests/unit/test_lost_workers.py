@@ -12,9 +12,9 @@ from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 
 from calm_ray.core.errors import StorageError
 from calm_ray.core.rows import Margin
-from calm_ray.policies import Policy
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
+from calm_ray.run.policies import Policy
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 from calm_ray.training import margins
 from calm_ray.training.batches import Example
 from calm_ray.training.margins import Portion, margins_once

@@ -12,8 +12,8 @@ from calm_ray.questions.reader import take_in, write_chunks
 from calm_ray.questions.sources import open_source
 from calm_ray.questions.survey import survey
 from calm_ray.questions.survey_table import print_survey, show_questions
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 
 GOOD = [question(q, code, gold="B") for q in ("q1", "q2", "q3") for code in ("en", "fr")]
 

@@ -16,11 +16,11 @@ from calm_ray.core.rows import Completion, Question, table
 from calm_ray.core.sections import Preferences
 from calm_ray.evaluation.samples import sample_report
 from calm_ray.preferences.columnar import PAIRS, make_pairs
-from calm_ray.rundir import RunDir
+from calm_ray.run.directory import RunDir
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 from calm_ray.sampling.imports import QUESTIONS_PER_CHUNK, open_completions
 from calm_ray.sampling.recorded import RecordedChunks
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
 
 MARKERS = {"en": "Answer:", "cn": "答案:", "fr": "Réponse:"}
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from calm_ray.changes import earliest, invalid_stages
 from calm_ray.core.errors import CalmRayError, InputError
-from calm_ray.mending import mend
-from calm_ray.policies import BaseModel, Policy, fetch, publish, require_safetensors
 from calm_ray.recipes import load_config
-from calm_ray.rundir import RunDir
-from calm_ray.storage import Storage, hash_folder
+from calm_ray.run.directory import RunDir
+from calm_ray.run.invalidation import earliest, invalid_stages
+from calm_ray.run.policies import BaseModel, Policy, fetch, publish, require_safetensors
+from calm_ray.run.repair import mend
+from calm_ray.run.storage import Storage, hash_folder
 
 CONFIG = {"name": "run", "train": {"epochs": 3, "beta": 0.1}}
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import calm_ray
-from calm_ray.about import about
 from calm_ray.cli import main
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.safe_yaml import LARGEST
 from calm_ray.core.safety import ENGINE_ARGS, TRL_ARGS, holds_secret, redact, refused_as
-from calm_ray.policies import BaseModel, Policy
 from calm_ray.recipes import DEMO_RECIPE, MOST_FILES, load_config
+from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.provenance import about
 
 TOKEN = "hf_" + "aB3" * 11
 KEY = "AKIA" + "ABCD1234" * 2

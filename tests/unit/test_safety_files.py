@@ -22,14 +22,14 @@ from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question, table
 from calm_ray.export import copy_model
 from calm_ray.inputs import check_model
-from calm_ray.model_files import check_files, require_safetensors
-from calm_ray.policies import BaseModel
 from calm_ray.questions import records
 from calm_ray.questions.formats import FORMATS
 from calm_ray.questions.hub import hub_names
 from calm_ray.questions.reader import question_of, take_in
 from calm_ray.questions.records import BadRow, Record, read_records
 from calm_ray.questions.sources import Part, matching
+from calm_ray.run.model_files import check_files, require_safetensors
+from calm_ray.run.policies import BaseModel
 
 HEADER = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 TENSORS = struct.pack("<Q", len(HEADER)) + HEADER + bytes(4)

@@ -9,14 +9,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from calm_ray.bad_prompts import BadPrompts
 from calm_ray.core.errors import StorageError
-from calm_ray.mending import mend
-from calm_ray.policies import Policy
-from calm_ray.rundir import RunDir
+from calm_ray.run.bad_prompts import BadPrompts
+from calm_ray.run.directory import RunDir
+from calm_ray.run.policies import Policy
+from calm_ray.run.repair import mend
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 from calm_ray.sampling.dispatch import Blamed
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
 
 CONFIG = {"rounds": 2}
 

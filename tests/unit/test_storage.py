@@ -14,11 +14,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs
 
-from calm_ray import storage as storages
 from calm_ray.core.errors import CalmRayError, StorageError
-from calm_ray.policies import Policy, cache_folder, fetch, forget_policies, node_lock, publish
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
+from calm_ray.run import storage as storages
+from calm_ray.run.policies import Policy, cache_folder, fetch, forget_policies, node_lock, publish
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 
 SILENT = "When reading: AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7, http://me:password@host"
 ROWS = pa.table({"n": [1, 2, 3]})

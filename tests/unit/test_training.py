@@ -18,9 +18,9 @@ from trl import DPOConfig, DPOTrainer
 
 from calm_ray.config import Objective
 from calm_ray.core.sections import Lora, Train
-from calm_ray.policies import BaseModel, Policy, publish
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
+from calm_ray.run.policies import BaseModel, Policy, publish
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 from calm_ray.training.batches import Example, PackedBatch, pack
 from calm_ray.training.loop import Trainer, TrainJob

@@ -22,7 +22,7 @@ from calm_ray.questions.translation import (
     translate_missing,
     with_lines,
 )
-from calm_ray.storage import Storage
+from calm_ray.run.storage import Storage
 
 ENGLISH = ("which", "animal", "flies", "eagle", "bear", "fish")
 WORDS = {

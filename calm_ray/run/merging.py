@@ -6,8 +6,8 @@ import shutil
 import uuid
 from pathlib import Path
 
-from calm_ray.model_files import model_files
-from calm_ray.policies import BaseModel, Policy, cache_folder, node_lock
+from calm_ray.run.model_files import model_files
+from calm_ray.run.policies import BaseModel, Policy, cache_folder, node_lock
 
 
 def merge(model: Path, adapter: Path, target: Path) -> None:

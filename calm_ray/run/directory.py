@@ -14,7 +14,7 @@
       rounds/1/train/        margins, and policy/: the adapter or the weights
       rounds/1/evaluate/     Parquet
 
-What a stage's folder holds is in `calm_ray.stage`.
+What a stage's folder holds is in `calm_ray.run.stage`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from calm_ray.bad_prompts import FILE as BAD_PROMPTS
-from calm_ray.bad_prompts import BadPrompts
-from calm_ray.changes import PARTS_OF, STEPS_OF_A_ROUND, Step, differences, earliest, invalid_stages
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
-from calm_ray.policies import BaseModel, Policy
-from calm_ray.stage import Stage
-from calm_ray.storage import Storage
+from calm_ray.run.bad_prompts import FILE as BAD_PROMPTS
+from calm_ray.run.bad_prompts import BadPrompts
+from calm_ray.run.invalidation import PARTS_OF, STEPS_OF_A_ROUND, Step, differences, earliest, invalid_stages
+from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 
 CONFIG_FILE = "config.json"
 DELETING = "deleting.json"

@@ -23,9 +23,9 @@ from filelock import FileLock
 from calm_ray.core.errors import CalmRayError, InputError
 from calm_ray.core.rows import BASE_POLICY
 from calm_ray.core.safety import local_path, redact
-from calm_ray.model_files import SUFFIXES
-from calm_ray.model_files import require_safetensors as require_safetensors
-from calm_ray.storage import Storage, hash_folder
+from calm_ray.run.model_files import SUFFIXES
+from calm_ray.run.model_files import require_safetensors as require_safetensors
+from calm_ray.run.storage import Storage, hash_folder
 
 LOADED_WITHIN = 3600.0
 """Seconds after which whoever fetched a policy has loaded it."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from calm_ray.changes import follows
 from calm_ray.core.console import say, step
-from calm_ray.policies import Policy
-from calm_ray.rundir import RunDir
-from calm_ray.stage import Stage
+from calm_ray.run.directory import RunDir
+from calm_ray.run.invalidation import follows
+from calm_ray.run.policies import Policy
+from calm_ray.run.stage import Stage
 
 TOGETHER = {"votes": "pairs"}
 """Chunks that are written together with those of another stage."""

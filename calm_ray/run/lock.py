@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calm_ray.core.errors import CalmRayError, StorageError
-from calm_ray.owner import InUseError, Owner, parse_owner, this_process
-from calm_ray.storage import Storage
+from calm_ray.run.lock_owner import InUseError, Owner, parse_owner, this_process
+from calm_ray.run.storage import Storage
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0

@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from calm_ray.storage import Storage, parquet_of
+from calm_ray.run.storage import Storage, parquet_of
 
 STAGE_FILE = "stage.json"
 MANIFEST = "manifest.json"

@@ -1,0 +1,1 @@
+"""A run on its storage: files, stages, policies, models, locks, repair."""
