@@ -28,9 +28,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from calm_ray.core.rows import Question
+from calm_ray.prompts.candidates import MASK
+from calm_ray.prompts.questions import LETTERS
 from calm_ray.questions.reader import take_in
-from calm_ray.sampling.candidates import MASK
-from calm_ray.sampling.prompts import LETTERS
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = ["ar", "en", "es", "fr", "ja", "ko", "ru", "zh"]

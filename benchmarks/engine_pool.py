@@ -23,6 +23,7 @@ from calm_ray.core.rows import Question
 from calm_ray.core.sections import Engines
 from calm_ray.core.seeds import derive_seed
 from calm_ray.planning.needs import Needs, Part
+from calm_ray.prompts.questions import prompt_text
 from calm_ray.questions.reader import write_chunks
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import BaseModel
@@ -32,7 +33,6 @@ from calm_ray.sampling.complete import encode_prompt
 from calm_ray.sampling.dispatch import Dispatcher
 from calm_ray.sampling.generator import Decoding
 from calm_ray.sampling.pool import EnginePool
-from calm_ray.sampling.prompts import prompt_text
 from calm_ray.sampling.spec import EngineSpec
 from calm_ray.sampling.vllm_generator import engine_args, set_environment
 from calm_ray.testing import word_tokenizer, write_tiny_model

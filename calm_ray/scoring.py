@@ -17,11 +17,11 @@ from calm_ray.engine_work import over_chunks_and_languages
 from calm_ray.evaluation.from_scores import OptimumCounter, ScoreCounter
 from calm_ray.preferences.candidate_pairs import CandidatePairs
 from calm_ray.preferences.own_candidates import OwnCandidates
+from calm_ray.prompts.candidates import CandidateForm
 from calm_ray.ray_data import count_over, over_chunks
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import Policy
 from calm_ray.run.stage import Stage
-from calm_ray.sampling.candidates import CandidateForm
 from calm_ray.sampling.pool import EnginePool
 
 Part = Literal["score", "evaluate"]

@@ -13,8 +13,8 @@ from calm_ray.core.console import console
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Completion, Pair, Question, Scored, Vote, rows_of
 from calm_ray.opened import OpenedRun, open_run
+from calm_ray.prompts.questions import question_text
 from calm_ray.run.stage import Stage
-from calm_ray.sampling.prompts import question_text
 from calm_ray.summary import print_summary
 
 

@@ -15,10 +15,10 @@ from calm_ray.core.sections import Preferences
 from calm_ray.evaluation.samples import columns_of_ballots, count_samples
 from calm_ray.preferences.pairing import pair_up
 from calm_ray.preferences.voting import Ballots, elect
-from calm_ray.sampling.extraction import EXTRACTORS, NOBODY, Ints
-from calm_ray.sampling.prompts import LETTERS
+from calm_ray.prompts.extraction import EXTRACTORS, NOBODY, Ints
+from calm_ray.prompts.questions import LETTERS
+from calm_ray.prompts.released import explanations, form, own_form, training_prompts
 from calm_ray.sampling.recorded import Recorded
-from calm_ray.sampling.released import explanations, form, own_form, training_prompts
 
 PAIRS = pa.schema(
     [

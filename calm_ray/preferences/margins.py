@@ -19,7 +19,7 @@ from calm_ray.core.sections import Dco
 from calm_ray.core.seeds import derive_seed
 from calm_ray.evaluation.scores import Scores
 from calm_ray.preferences.gamma import Floats, target_margins
-from calm_ray.sampling.candidates import label
+from calm_ray.prompts.candidates import label
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]

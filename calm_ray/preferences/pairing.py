@@ -14,7 +14,7 @@ from calm_ray.core.languages import language_code
 from calm_ray.core.sections import Preferences
 from calm_ray.core.seeds import rng_of
 from calm_ray.preferences.voting import Ballots, Election, merge_order
-from calm_ray.sampling.extraction import NOBODY, Ints
+from calm_ray.prompts.extraction import NOBODY, Ints
 
 Texts = Sequence[str]
 """Or an Arrow array of texts."""

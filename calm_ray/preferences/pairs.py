@@ -13,8 +13,8 @@ from calm_ray.core.sections import Preferences
 from calm_ray.preferences.pairing import pair_up
 from calm_ray.preferences.translators import Passage, Translator
 from calm_ray.preferences.voting import Ballots, Election
+from calm_ray.prompts.questions import letters, prompt_text
 from calm_ray.sampling.complete import plain_prompt
-from calm_ray.sampling.prompts import letters, prompt_text
 
 Questions = Mapping[tuple[str, str], Question]
 """(question_id, language) -> question."""

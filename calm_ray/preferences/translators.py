@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from calm_ray.core.languages import LANGUAGES
-from calm_ray.sampling.answers import extract_answer
+from calm_ray.prompts.answers import extract_answer
 
 
 @dataclass(frozen=True)

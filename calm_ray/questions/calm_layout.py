@@ -11,8 +11,8 @@ from collections.abc import Callable
 from itertools import islice
 
 from calm_ray.core.languages import LANGUAGES
+from calm_ray.prompts.questions import LETTERS
 from calm_ray.questions.records import BadRow
-from calm_ray.sampling.prompts import LETTERS
 
 Note = Callable[[str], None]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question
+from calm_ray.prompts.questions import LETTERS
 from calm_ray.questions.calm_layout import read_gold, read_input
 from calm_ray.questions.records import BadRow
 from calm_ray.questions.xcopa_phrases import XCOPA_PHRASES
-from calm_ray.sampling.prompts import LETTERS
 
 Fields = dict[str, Any]
 

@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from rich.table import Table
 
 from calm_ray.core.console import console, step
+from calm_ray.prompts.questions import question_text
 from calm_ray.questions.parallel import SHOWN, Problem
 from calm_ray.questions.reader import OnBadRow, Row, read
 from calm_ray.questions.survey import Survey, survey_rows
-from calm_ray.sampling.prompts import question_text
 
 
 def show_questions(

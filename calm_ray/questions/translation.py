@@ -19,8 +19,8 @@ from calm_ray.core.console import say, step
 from calm_ray.core.errors import InputError
 from calm_ray.core.languages import LANGUAGES
 from calm_ray.core.rows import Question, rows_of, table
+from calm_ray.prompts.questions import LETTERS
 from calm_ray.run.storage import Storage
-from calm_ray.sampling.prompts import LETTERS
 
 BATCH = 64
 """Questions that are written into the cache together, and sent to a translator together."""

@@ -11,8 +11,8 @@ from typing import Any
 import ray
 
 from calm_ray.core.rows import Completion, Prediction, Scored, table
+from calm_ray.prompts.candidates import CandidateForm
 from calm_ray.run.policies import Policy
-from calm_ray.sampling.candidates import CandidateForm
 from calm_ray.sampling.chunks import ChunkTask
 from calm_ray.sampling.complete import complete, encode_prompt, predict, score, unanswered
 from calm_ray.sampling.generator import Decoding

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from calm_ray.core.rows import Question, rows_of
+from calm_ray.prompts.questions import question_text
 from calm_ray.run.stage import Stage
-from calm_ray.sampling.prompts import question_text
 
 ASKED = pa.schema(
     [

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from calm_ray.core.rows import Question
-from calm_ray.sampling.prompts import LETTERS, completion_text
+from calm_ray.prompts.questions import LETTERS, completion_text
 
 TOWNS = 96
 ALIGNED_TOWNS = 56

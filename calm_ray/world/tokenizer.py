@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from calm_ray.sampling.prompts import LETTERS
+from calm_ray.prompts.questions import LETTERS
 from calm_ray.world.generator import TOWNS, World, lexicon, world_languages
 
 EOS, PAD, UNKNOWN = "<eos>", "<pad>", "<unk>"

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calm_ray.core.rows import Question, rows_of
 from calm_ray.core.sections import Engines, Lora
+from calm_ray.prompts.questions import prompt_text
 from calm_ray.questions.reader import write_chunks
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import BaseModel, Policy
@@ -30,7 +31,6 @@ from calm_ray.sampling.engine import EngineActor
 from calm_ray.sampling.generator import Decoding
 from calm_ray.sampling.health import Health, Pulse
 from calm_ray.sampling.pool import EnginePool
-from calm_ray.sampling.prompts import prompt_text
 from calm_ray.sampling.spec import EngineSpec
 from calm_ray.sampling.writers import Writers
 

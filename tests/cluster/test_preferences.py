@@ -15,6 +15,7 @@ from calm_ray.core.sections import Preferences
 from calm_ray.preferences.pairs import carry_over, draft_pairs, finish_pairs
 from calm_ray.preferences.pipeline import PreferenceJob
 from calm_ray.preferences.voting import ballots_of, elect, vote_rows
+from calm_ray.prompts.questions import LETTERS, prompt_text
 from calm_ray.questions.reader import write_chunks
 from calm_ray.ray_data import count_over, over_chunks
 from calm_ray.run.policies import BaseModel, Policy
@@ -22,7 +23,6 @@ from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.sampling.complete import encode_prompt
 from calm_ray.sampling.health import Pulse
-from calm_ray.sampling.prompts import LETTERS, prompt_text
 from calm_ray.sampling.writers import Writers
 from calm_ray.testing import write_tiny_model
 from calm_ray.world.generator import World, build_world, lexicon, world_questions

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from calm_ray.core.errors import InputError
 from calm_ray.core.languages import LANGUAGES
-from calm_ray.sampling.answers import extract_answer
-from calm_ray.sampling.prompts import completion_text
+from calm_ray.prompts.answers import extract_answer
+from calm_ray.prompts.questions import completion_text
 
 # Each says B, as the language's prose puts it.
 SENTENCES = {

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_ray.core.languages import LANGUAGES, language_code
-from calm_ray.sampling.prompts import prompt_text
+from calm_ray.prompts.questions import prompt_text
 
 # The languages as the data sets of the three papers write them.
 DATA_SETS = {

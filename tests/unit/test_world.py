@@ -3,8 +3,8 @@ from collections import Counter
 import pytest
 
 from calm_ray.preferences.translators import Passage
-from calm_ray.sampling.answers import extract_answer
-from calm_ray.sampling.prompts import prompt_text
+from calm_ray.prompts.answers import extract_answer
+from calm_ray.prompts.questions import prompt_text
 from calm_ray.world.generator import (
     ALIGNED_TOWNS,
     BARRED_LANGUAGES,

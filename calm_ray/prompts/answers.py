@@ -11,7 +11,7 @@ from functools import cache, lru_cache
 
 from calm_ray.core.errors import InputError
 from calm_ray.core.languages import LANGUAGES, Language, language_code
-from calm_ray.sampling.prompts import LETTERS
+from calm_ray.prompts.questions import LETTERS
 
 # What may stand around a marker or a letter: markdown, brackets, quotes, and the invisible marks that keep a Latin
 # letter in its place among words written from right to left. Full-width forms have become plain ones by then.

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from calm_ray.sampling.answers import extract_answer
-from calm_ray.sampling.prompts import LETTERS
-from calm_ray.sampling.released import RELEASED_LETTERS, released_answers
+from calm_ray.prompts.answers import extract_answer
+from calm_ray.prompts.questions import LETTERS
+from calm_ray.prompts.released import RELEASED_LETTERS, released_answers
 
 Ints = NDArray[np.int64]
 NOBODY = -1
