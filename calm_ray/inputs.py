@@ -103,14 +103,14 @@ def _read_questions(config: Config, folder: Path) -> tuple[Intake, Intake]:
 
 
 def _prepare_world(config: Config, known: BaseModel | None) -> Inputs:
-    from calm_ray.world.generator import build_world, world_languages, world_questions
+    from calm_ray.demo.generator import build_world, world_languages, world_questions
 
     foreign = [code for code in config.languages if code not in world_languages()]
     if foreign:
         raise InputError(
             f"languages: the demo world speaks {', '.join(world_languages())}; it does not speak {foreign[0]}"
         )
-    from calm_ray.world.pretraining import world_model
+    from calm_ray.demo.pretraining import world_model
 
     world = build_world(config.world.seed)
     align, evaluate = (

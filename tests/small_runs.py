@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from calm_ray.core.sections import Lora
+from calm_ray.demo.generator import build_world, world_questions
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import Policy, publish
-from calm_ray.world.generator import build_world, world_questions
 
 LANGUAGES = ["en", "fr"]
 MOMENTS = int(os.environ.get("MOMENTS", "1"))
@@ -36,7 +36,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that answers in the right form, and mostly wrong: a demo model that went to school for seconds."""
-    from calm_ray.world.pretraining import pretrain
+    from calm_ray.demo.pretraining import pretrain
 
     folder = tmp_path_factory.mktemp("babbler")
     pretrain(build_world(100), folder, [(150, {"question": 24})])

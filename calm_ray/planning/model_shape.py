@@ -98,7 +98,7 @@ KNOWN = [
     _like("Llama 3 70B", 8192, 80, 28672, 64, 8, 128256, tied=False),
 ]
 WORLD_SHAPE = replace(_like("the demo's model", 128, 4, 384, 4, 4, 960, tied=True), context=256, is_assumed=False)
-"""As `calm_ray.world.pretraining` makes it; its vocabulary differs a little from world to world."""
+"""As `calm_ray.demo.pretraining` makes it; its vocabulary differs a little from world to world."""
 _SIZE = re.compile(r"(?:^|[-_ ./])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?=$|[-_ ./])", re.IGNORECASE)
 
 

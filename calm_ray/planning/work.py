@@ -81,7 +81,7 @@ def count_questions(config: Config) -> Counts:
     Raises InputError where the files are there and hold no question.
     """
     if config.model == WORLD:
-        from calm_ray.world.generator import build_world, world_questions
+        from calm_ray.demo.generator import build_world, world_questions
 
         asked, held_out = world_questions(build_world(config.world.seed))
         return _counts(asked, _distinct(held_out))

@@ -67,7 +67,7 @@ FORMS: dict[str, Callable[[Question], Asked]] = {"letters": _letters, "choices":
 @cache
 def _written_out(seed: int) -> Callable[[Question], Asked]:
     """The demo world's answers: the statement that would make a choice right, and its letter."""
-    from calm_ray.world.generator import build_world
+    from calm_ray.demo.generator import build_world
 
     world = build_world(seed)
 

@@ -12,6 +12,9 @@ import ray
 
 from calm_ray.core.rows import Completion, Question, rows_of, table
 from calm_ray.core.sections import Preferences
+from calm_ray.demo.generator import World, build_world, lexicon, world_questions
+from calm_ray.demo.tokenizer import build_tokenizer
+from calm_ray.demo.translator import WorldTranslator
 from calm_ray.preferences.pairs import carry_over, draft_pairs, finish_pairs
 from calm_ray.preferences.pipeline import PreferenceJob
 from calm_ray.preferences.voting import ballots_of, elect, vote_rows
@@ -25,9 +28,6 @@ from calm_ray.sampling.complete import encode_prompt
 from calm_ray.sampling.health import Pulse
 from calm_ray.sampling.writers import Writers
 from calm_ray.testing import write_tiny_model
-from calm_ray.world.generator import World, build_world, lexicon, world_questions
-from calm_ray.world.tokenizer import build_tokenizer
-from calm_ray.world.translator import WorldTranslator
 
 pytestmark = pytest.mark.usefixtures("ray_8_cpus")
 

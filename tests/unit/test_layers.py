@@ -44,8 +44,8 @@ CORE = [
     "calm_ray.training.batches",
     "calm_ray.training.loop",
     "calm_ray.training.model",
-    "calm_ray.world.generator",
-    "calm_ray.world.translator",
+    "calm_ray.demo.generator",
+    "calm_ray.demo.translator",
     "calm_ray.testing",
 ]
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import Lora, Train
+from calm_ray.demo import pretraining
 from calm_ray.planning.hardware import DEVICES, GB, GIB
 from calm_ray.planning.memory import (
     CUDA_ALLOWANCE,
@@ -27,7 +28,6 @@ from calm_ray.planning.memory import (
 from calm_ray.planning.model_shape import WORLD_SHAPE, Shape, shape_of, shape_of_config, shape_of_folder, shape_of_name
 from calm_ray.recipes import RECIPES, load_config
 from calm_ray.training import attention
-from calm_ray.world import pretraining
 
 LLAMA3_8B = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,

@@ -2,10 +2,7 @@ from collections import Counter
 
 import pytest
 
-from calm_ray.preferences.translators import Passage
-from calm_ray.prompts.answers import extract_answer
-from calm_ray.prompts.questions import prompt_text
-from calm_ray.world.generator import (
+from calm_ray.demo.generator import (
     ALIGNED_TOWNS,
     BARRED_LANGUAGES,
     TOWNS,
@@ -16,8 +13,11 @@ from calm_ray.world.generator import (
     world_languages,
     world_questions,
 )
-from calm_ray.world.tokenizer import build_tokenizer
-from calm_ray.world.translator import WorldTranslator
+from calm_ray.demo.tokenizer import build_tokenizer
+from calm_ray.demo.translator import WorldTranslator
+from calm_ray.preferences.translators import Passage
+from calm_ray.prompts.answers import extract_answer
+from calm_ray.prompts.questions import prompt_text
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from calm_ray.demo.generator import TOWNS, World, lexicon, world_languages
 from calm_ray.prompts.questions import LETTERS
-from calm_ray.world.generator import TOWNS, World, lexicon, world_languages
 
 EOS, PAD, UNKNOWN = "<eos>", "<pad>", "<unk>"
 

@@ -23,11 +23,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from calm_ray.core.console import say, step
 from calm_ray.core.languages import LANGUAGES
+from calm_ray.demo.generator import CHOICES, TOWNS, World, lexicon, topics, world_languages
+from calm_ray.demo.tokenizer import build_tokenizer
 from calm_ray.prompts.questions import LETTERS, prompt_text
 from calm_ray.run.policies import cache_folder, node_lock
 from calm_ray.run.storage import hash_folder
-from calm_ray.world.generator import CHOICES, TOWNS, World, lexicon, topics, world_languages
-from calm_ray.world.tokenizer import build_tokenizer
 
 WIDTH, MLP, LAYERS, HEADS = 128, 384, 4, 4
 INITIAL_STD = 0.07

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from calm_ray.demo.generator import TOWNS, World, lexicon, world_languages
 from calm_ray.preferences.translators import Passage
 from calm_ray.prompts.questions import completion_text
-from calm_ray.world.generator import TOWNS, World, lexicon, world_languages
 
 
 class WorldTranslator:
