@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from calm_ray.cluster import cluster
+from calm_ray.cluster.connection import cluster
 from calm_ray.core.rows import Question
 from calm_ray.core.sections import Engines
 from calm_ray.core.seeds import derive_seed

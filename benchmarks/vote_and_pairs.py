@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 import pyarrow as pa
 
-from calm_ray.cluster import cluster
+from calm_ray.cluster.connection import cluster
 from calm_ray.core.sections import Preferences
 from calm_ray.planning.needs import Needs, Part
 from calm_ray.preferences.from_disk import RecordedJob, pairs_of_chunks

@@ -94,8 +94,8 @@ def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
 
 
 def _run_all(contenders: Sequence[Contender], overwrite: bool) -> None:
-    from calm_ray.cluster import check_layout, check_resources, check_storage, cluster
-    from calm_ray.cluster_lock import locked_in_cluster
+    from calm_ray.cluster.connection import check_layout, check_resources, check_storage, cluster
+    from calm_ray.cluster.run_lock import locked_in_cluster
     from calm_ray.comparison.shared import check_common_start
     from calm_ray.core.console import say
     from calm_ray.planning.needs import Needs, needs_of

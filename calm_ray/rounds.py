@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from calm_ray.cluster import check_layout, check_storage, cluster
-from calm_ray.cluster_lock import locked_in_cluster
+from calm_ray.cluster.connection import check_layout, check_storage, cluster
+from calm_ray.cluster.run_lock import locked_in_cluster
 from calm_ray.config import Config
 from calm_ray.core.console import say
 from calm_ray.inputs import prepare

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from calm_ray.cluster.over_chunks import count_over, over_chunks
 from calm_ray.config import Config
 from calm_ray.core.console import step
 from calm_ray.core.sections import Candidates
@@ -18,7 +19,6 @@ from calm_ray.evaluation.from_scores import OptimumCounter, ScoreCounter
 from calm_ray.preferences.candidate_pairs import CandidatePairs
 from calm_ray.preferences.own_candidates import OwnCandidates
 from calm_ray.prompts.candidates import CandidateForm
-from calm_ray.ray_data import count_over, over_chunks
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import Policy
 from calm_ray.run.stage import Stage

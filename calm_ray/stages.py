@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from calm_ray.cluster.over_chunks import count_over, over_chunks
 from calm_ray.config import Config
 from calm_ray.core.console import say, step
 from calm_ray.core.rows import rows_of
@@ -17,7 +18,6 @@ from calm_ray.evaluation.samples import sample_report
 from calm_ray.inputs import context_tokens
 from calm_ray.preferences.own_candidates import OwnCandidates
 from calm_ray.preferences.pipeline import PreferenceJob
-from calm_ray.ray_data import count_over, over_chunks
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import BaseModel, Policy
 from calm_ray.run.stage import Stage

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from calm_ray.cluster import cluster
+from calm_ray.cluster.connection import cluster
 from calm_ray.core.console import console, say
 from calm_ray.core.errors import InputError
 from calm_ray.inputs import candidate_check, check_lengths

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from calm_ray.cluster import cluster
+from calm_ray.cluster.connection import cluster
 from calm_ray.core.console import say, step
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import Preferences

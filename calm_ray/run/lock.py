@@ -4,7 +4,7 @@ It lies beside the folder, not in it, so that `--overwrite` may delete the folde
 
 The owner shows that it lives by touching the file. Its own machine looks for the process instead and takes over at once
 when that has died; other machines wait until the file has not been touched for `SILENT_SECONDS`, by the clock of the
-disk. Object stores have no such file: there only the lock within a cluster holds (`calm_ray.cluster_lock`).
+disk. Object stores have no such file: there only the lock within a cluster holds (`calm_ray.cluster.run_lock`).
 """
 
 from __future__ import annotations

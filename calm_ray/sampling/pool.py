@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-from calm_ray.cluster import WAIT_SECONDS, free_resources, on_this_node
+from calm_ray.cluster.connection import WAIT_SECONDS, free_resources, on_this_node
 from calm_ray.core.errors import CalmRayError
 from calm_ray.run.policies import Policy
 from calm_ray.sampling.chunks import ChunkTask

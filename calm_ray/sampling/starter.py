@@ -8,7 +8,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from calm_ray.cluster import most_resources
+from calm_ray.cluster.connection import most_resources
 from calm_ray.planning.needs import ENGINE_PLACE
 from calm_ray.sampling.engine import Engine
 from calm_ray.sampling.spec import EngineSpec

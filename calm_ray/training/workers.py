@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
 
-from calm_ray.cluster import WAIT_SECONDS, free_resources, on_this_node
+from calm_ray.cluster.connection import WAIT_SECONDS, free_resources, on_this_node
 from calm_ray.core.console import say
 from calm_ray.core.errors import CalmRayError, InputError
 from calm_ray.core.sections import Train

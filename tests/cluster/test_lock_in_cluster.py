@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 
 DRIVER = """
 import sys, ray
-from calm_ray.cluster_lock import locked_in_cluster
+from calm_ray.cluster.run_lock import locked_in_cluster
 from calm_ray.run.lock_owner import InUseError
 ray.init(log_to_driver=False, logging_level="ERROR")
 print("joined", flush=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 
+from calm_ray.cluster.over_chunks import count_over, over_chunks
 from calm_ray.core.rows import Completion, Question, rows_of, table
 from calm_ray.core.sections import Preferences
 from calm_ray.demo.generator import World, build_world, lexicon, world_questions
@@ -20,7 +21,6 @@ from calm_ray.preferences.pipeline import PreferenceJob
 from calm_ray.preferences.voting import ballots_of, elect, vote_rows
 from calm_ray.prompts.questions import LETTERS, prompt_text
 from calm_ray.questions.reader import write_chunks
-from calm_ray.ray_data import count_over, over_chunks
 from calm_ray.run.policies import BaseModel, Policy
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage

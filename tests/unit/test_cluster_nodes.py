@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from calm_ray.cluster import check_places
+from calm_ray.cluster.connection import check_places
+from calm_ray.cluster.nodes import GROUP_LABEL, Kind, Memory, planned
 from calm_ray.core.errors import ResourceError
-from calm_ray.nodes import GROUP_LABEL, Kind, Memory, planned
 from calm_ray.planning.hardware import GB
 from calm_ray.recipes import load_config
 

@@ -238,7 +238,7 @@ def test_a_job_is_refused_with_what_would_fit(tmp_path: Path) -> None:
 
 
 def test_what_ray_is_asked_for() -> None:
-    """As `calm_ray.cluster` counts it: workers beside sleeping engines take no GPU of their own."""
+    """As `calm_ray.cluster.connection` counts it: workers beside sleeping engines take no GPU of their own."""
     assert needs_of(recipe()).total == {"CPU": 14.0, "GPU": 14.0}
     assert needs_of(recipe("placement=colocate", "train.workers=6")).total == {"CPU": 12.0, "GPU": 6.0}
     assert needs_of(recipe("train.workers=[2, 8]"), workers=2).total == {"CPU": 8.0, "GPU": 8.0}

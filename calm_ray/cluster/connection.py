@@ -16,11 +16,11 @@ import ray.data
 from ray._private.state import state as ray_state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from calm_ray.cluster.nodes import kinds_of_cluster, nodes_of_cluster
 from calm_ray.config import Config
 from calm_ray.core.console import say
 from calm_ray.core.errors import InputError, ResourceError
 from calm_ray.core.exit_codes import end_on_sigterm
-from calm_ray.nodes import kinds_of_cluster, nodes_of_cluster
 from calm_ray.planning.model_shape import shape_of_folder
 from calm_ray.planning.needs import ENGINE_PLACE, TRAIN_PLACE, Needs, Resources, shortage
 from calm_ray.planning.plan import check_plan

@@ -18,7 +18,7 @@ from ray._private.state import state as ray_state
 from ray.actor import ActorHandle
 from ray.exceptions import ActorAlreadyExistsError, RayError
 
-from calm_ray.cluster import on_this_node
+from calm_ray.cluster.connection import on_this_node
 from calm_ray.run.lock_owner import InUseError
 
 NAMESPACE = "calm_ray"
