@@ -22,19 +22,19 @@ from calm_ray.cluster.connection import cluster
 from calm_ray.core.rows import Question
 from calm_ray.core.sections import Engines
 from calm_ray.core.seeds import derive_seed
+from calm_ray.engines.completion import encode_prompt
+from calm_ray.engines.dispatcher import Dispatcher
+from calm_ray.engines.generator import Decoding
+from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.spec import EngineSpec
+from calm_ray.engines.tasks import ChunkTask
+from calm_ray.engines.vllm import engine_args, set_environment
 from calm_ray.planning.needs import Needs, Part
 from calm_ray.prompts.questions import prompt_text
 from calm_ray.questions.reader import write_chunks
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import BaseModel
 from calm_ray.run.stage import Stage
-from calm_ray.sampling.chunks import ChunkTask
-from calm_ray.sampling.complete import encode_prompt
-from calm_ray.sampling.dispatch import Dispatcher
-from calm_ray.sampling.generator import Decoding
-from calm_ray.sampling.pool import EnginePool
-from calm_ray.sampling.spec import EngineSpec
-from calm_ray.sampling.vllm_generator import engine_args, set_environment
 from calm_ray.testing import word_tokenizer, write_tiny_model
 
 WORDS = [f"w{number}" for number in range(2000)]

@@ -17,9 +17,9 @@ from calm_ray.core.exit_codes import exit_code_of
 from calm_ray.recipes import RECIPES, is_override, recipe_and_overrides
 
 if TYPE_CHECKING:
+    from calm_ray.engines.pool import EnginePool
     from calm_ray.inputs import Inputs
     from calm_ray.run.policies import BaseModel
-    from calm_ray.sampling.pool import EnginePool
 
 DEMO_RECIPE = RECIPES / "dco_compare_demo.yaml"
 HELP = f"""\
@@ -98,11 +98,11 @@ def _run_all(contenders: Sequence[Contender], overwrite: bool) -> None:
     from calm_ray.cluster.run_lock import locked_in_cluster
     from calm_ray.comparison.shared import check_common_start
     from calm_ray.core.console import say
+    from calm_ray.engines.pool import EnginePool
+    from calm_ray.engines.spec import engine_spec
     from calm_ray.planning.needs import Needs, needs_of
     from calm_ray.run.provenance import about
     from calm_ray.run.repair import mend
-    from calm_ray.sampling.pool import EnginePool
-    from calm_ray.sampling.spec import engine_spec
 
     for one in contenders:
         one.run.check(one.settings, overwrite)

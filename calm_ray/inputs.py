@@ -10,6 +10,7 @@ from calm_ray.config import WORLD, Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question
 from calm_ray.core.safety import refused_as
+from calm_ray.engines.completion import encode_prompt
 from calm_ray.prompts.candidates import CandidateForm
 from calm_ray.prompts.questions import letters, prompt_text
 from calm_ray.questions.reader import Intake, take_in
@@ -19,7 +20,6 @@ from calm_ray.questions.subjects import of_subjects
 from calm_ray.run.model_files import check_files
 from calm_ray.run.policies import BaseModel, require_safetensors
 from calm_ray.run.provenance import versions
-from calm_ray.sampling.complete import encode_prompt
 
 
 @dataclass(frozen=True)

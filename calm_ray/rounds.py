@@ -8,6 +8,8 @@ from calm_ray.cluster.connection import check_layout, check_storage, cluster
 from calm_ray.cluster.run_lock import locked_in_cluster
 from calm_ray.config import Config
 from calm_ray.core.console import say
+from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.spec import engine_spec
 from calm_ray.inputs import prepare
 from calm_ray.planning.needs import needs_of
 from calm_ray.preferences.gamma import check_gamma
@@ -17,8 +19,6 @@ from calm_ray.run.lock import locked
 from calm_ray.run.policies import BaseModel
 from calm_ray.run.provenance import about
 from calm_ray.run.repair import mend
-from calm_ray.sampling.pool import EnginePool
-from calm_ray.sampling.spec import engine_spec
 from calm_ray.stages import Stages
 from calm_ray.start import check_start, start_policy
 from calm_ray.summary import summarise

@@ -14,7 +14,8 @@ from calm_ray.cluster.over_chunks import count_over, over_chunks
 from calm_ray.config import Config
 from calm_ray.core.console import step
 from calm_ray.core.sections import Candidates
-from calm_ray.engine_work import over_chunks_and_languages
+from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.stage_runner import over_chunks_and_languages
 from calm_ray.evaluation.from_scores import OptimumCounter, ScoreCounter
 from calm_ray.preferences.candidate_pairs import CandidatePairs
 from calm_ray.preferences.own_candidates import OwnCandidates
@@ -22,7 +23,6 @@ from calm_ray.prompts.candidates import CandidateForm
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import Policy
 from calm_ray.run.stage import Stage
-from calm_ray.sampling.pool import EnginePool
 
 Part = Literal["score", "evaluate"]
 """The questions that are trained on, or those held out: the stages that hold a policy's scores of them."""

@@ -11,7 +11,9 @@ from calm_ray.cluster.over_chunks import count_over, over_chunks
 from calm_ray.config import Config
 from calm_ray.core.console import say, step
 from calm_ray.core.rows import rows_of
-from calm_ray.engine_work import over_chunks_and_languages
+from calm_ray.engines.generator import Decoding
+from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.stage_runner import over_chunks_and_languages
 from calm_ray.evaluation.from_scores import answers_of, changed_answers
 from calm_ray.evaluation.report import evaluation_report, gold_of
 from calm_ray.evaluation.samples import sample_report
@@ -21,8 +23,6 @@ from calm_ray.preferences.pipeline import PreferenceJob
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import BaseModel, Policy
 from calm_ray.run.stage import Stage
-from calm_ray.sampling.generator import Decoding
-from calm_ray.sampling.pool import EnginePool
 from calm_ray.scoring import Scoring
 from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from calm_ray.sampling.generator import Decoding, Generated, Likelihoods
+from calm_ray.engines.generator import Decoding, Generated, Likelihoods
 
 
 class ScriptedGenerator:

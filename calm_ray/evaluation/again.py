@@ -10,14 +10,14 @@ from pathlib import Path
 from calm_ray.cluster.connection import cluster
 from calm_ray.core.console import console, say
 from calm_ray.core.errors import InputError
+from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.spec import engine_spec
 from calm_ray.inputs import candidate_check, check_lengths
 from calm_ray.opened import open_run
 from calm_ray.planning.needs import needs_of
 from calm_ray.questions.reader import take_in, write_chunks
 from calm_ray.run.lock import locked
 from calm_ray.run.stage import Stage
-from calm_ray.sampling.pool import EnginePool
-from calm_ray.sampling.spec import engine_spec
 from calm_ray.stages import Stages
 from calm_ray.summary import evaluation_table
 

@@ -15,6 +15,7 @@ from calm_ray.core.rows import Completion, Pair, Question, Vote, rows_of, table
 from calm_ray.core.sections import Preferences
 from calm_ray.demo.generator import build_world
 from calm_ray.demo.translator import WorldTranslator
+from calm_ray.engines.text_service import Writers
 from calm_ray.evaluation.report import gold_of
 from calm_ray.evaluation.samples import columns_of_pairs, count_samples
 from calm_ray.preferences.pairs import carry_over, draft_pairs, finish_pairs
@@ -22,7 +23,6 @@ from calm_ray.preferences.translators import ModelTranslator, Translator
 from calm_ray.preferences.voting import Ballots, Election, ballots_of, elect, right_answers, vote_rows
 from calm_ray.run.policies import BaseModel
 from calm_ray.run.stage import Stage
-from calm_ray.sampling.writers import Writers
 
 
 @dataclass(frozen=True)

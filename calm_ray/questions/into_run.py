@@ -8,6 +8,7 @@ from typing import Literal
 from calm_ray.config import Config
 from calm_ray.core.console import say
 from calm_ray.core.rows import BASE_POLICY, Question
+from calm_ray.engines.pool import EnginePool
 from calm_ray.inputs import Inputs, candidate_check, too_long
 from calm_ray.questions.parallel import BAD_ROWS, as_lines
 from calm_ray.questions.reader import Intake, write_chunks
@@ -23,7 +24,6 @@ from calm_ray.questions.translation import (
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import BaseModel
 from calm_ray.run.storage import Storage
-from calm_ray.sampling.pool import EnginePool
 
 TRANSLATIONS = ".translations"
 """Under `storage`, beside the runs: what was translated once serves every run."""

@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import BadPrompt, rows_of, table
+from calm_ray.engines.dispatcher import Blamed
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
-from calm_ray.sampling.dispatch import Blamed
 
 FILE = "bad_prompts.parquet"
 

@@ -17,16 +17,16 @@ from small_runs import LANGUAGES, MOMENTS, make_adapter
 
 from calm_ray.core.rows import rows_of
 from calm_ray.core.sections import Engines, Lora
+from calm_ray.engines.dispatcher import Dispatcher
+from calm_ray.engines.generator import Decoding
+from calm_ray.engines.health import Health
+from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.spec import EngineSpec
+from calm_ray.engines.tasks import ChunkTask
 from calm_ray.questions.reader import write_chunks
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import BaseModel, Policy
 from calm_ray.run.stage import Stage
-from calm_ray.sampling.chunks import ChunkTask
-from calm_ray.sampling.dispatch import Dispatcher
-from calm_ray.sampling.generator import Decoding
-from calm_ray.sampling.health import Health
-from calm_ray.sampling.pool import EnginePool
-from calm_ray.sampling.spec import EngineSpec
 
 ENGINES = 3
 LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"])

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 
 from calm_ray.cli import main
 from calm_ray.core.rows import Question, rows_of
+from calm_ray.engines.completion import encode_prompt
 from calm_ray.prompts.questions import prompt_text
 from calm_ray.run.directory import RunDir
-from calm_ray.sampling.complete import encode_prompt
 
 pytestmark = pytest.mark.chaos
 

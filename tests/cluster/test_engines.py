@@ -20,19 +20,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calm_ray.core.rows import Question, rows_of
 from calm_ray.core.sections import Engines, Lora
+from calm_ray.engines.actor import EngineActor
+from calm_ray.engines.dispatcher import Dispatcher
+from calm_ray.engines.generator import Decoding
+from calm_ray.engines.health import Health, Pulse
+from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.spec import EngineSpec
+from calm_ray.engines.tasks import ChunkTask
+from calm_ray.engines.text_service import Writers
 from calm_ray.prompts.questions import prompt_text
 from calm_ray.questions.reader import write_chunks
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import BaseModel, Policy
 from calm_ray.run.stage import Stage
-from calm_ray.sampling.chunks import ChunkTask
-from calm_ray.sampling.dispatch import Dispatcher
-from calm_ray.sampling.engine import EngineActor
-from calm_ray.sampling.generator import Decoding
-from calm_ray.sampling.health import Health, Pulse
-from calm_ray.sampling.pool import EnginePool
-from calm_ray.sampling.spec import EngineSpec
-from calm_ray.sampling.writers import Writers
 
 LANGUAGES = ["en", "fr"]
 LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"])
@@ -147,7 +147,7 @@ def is_up(engine: Any) -> bool:
 def test_an_engine_that_is_starting_waits_while_the_others_sleep_and_is_waited_for_by_writers(
     pool: EnginePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calm_ray.sampling.pool.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("calm_ray.engines.pool.WAIT_SECONDS", 0.0)
     pool.wait_for_all()
     before, one = pool.starts, pool.members[0]
     ray.kill(one.actor, no_restart=False)
@@ -160,7 +160,7 @@ def test_an_engine_that_is_starting_waits_while_the_others_sleep_and_is_waited_f
         while pool.starts == begun:
             assert not is_up(one.actor), "it has loaded the model though the GPU is not its own"
             time.sleep(0.1)
-    monkeypatch.setattr("calm_ray.sampling.pool.WAIT_SECONDS", 600.0)
+    monkeypatch.setattr("calm_ray.engines.pool.WAIT_SECONDS", 600.0)
     assert len(pool.writers.engines) == len(pool.members) == 2
     assert len(pool.writers(["w1 w2", "w3 w4 w5"], 4)) == 2
 
@@ -174,7 +174,7 @@ def test_what_is_waited_for_is_said_though_another_engine_is_up(
         if line.startswith("waiting for engines: 1 to start, each needs 5 CPU on one node"):
             raise Said
 
-    monkeypatch.setattr("calm_ray.sampling.pool.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("calm_ray.engines.pool.WAIT_SECONDS", 0.0)
     with pytest.raises(Said):
         EnginePool(spec(babbler, shared=2, min_engines=2, cpus=5), LANGUAGES, say)
 

@@ -16,6 +16,9 @@ from calm_ray.core.sections import Preferences
 from calm_ray.demo.generator import World, build_world, lexicon, world_questions
 from calm_ray.demo.tokenizer import build_tokenizer
 from calm_ray.demo.translator import WorldTranslator
+from calm_ray.engines.completion import encode_prompt
+from calm_ray.engines.health import Pulse
+from calm_ray.engines.text_service import Writers
 from calm_ray.preferences.pairs import carry_over, draft_pairs, finish_pairs
 from calm_ray.preferences.pipeline import PreferenceJob
 from calm_ray.preferences.voting import ballots_of, elect, vote_rows
@@ -24,9 +27,6 @@ from calm_ray.questions.reader import write_chunks
 from calm_ray.run.policies import BaseModel, Policy
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
-from calm_ray.sampling.complete import encode_prompt
-from calm_ray.sampling.health import Pulse
-from calm_ray.sampling.writers import Writers
 from calm_ray.testing import write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("ray_8_cpus")

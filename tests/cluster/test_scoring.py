@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from calm_ray.core.sections import Engines, Lora, Train
+from calm_ray.engines.actor import EngineActor
+from calm_ray.engines.generator import Likelihoods
+from calm_ray.engines.spec import EngineSpec
+from calm_ray.engines.vllm import MOST_LABELS
 from calm_ray.run.policies import BaseModel, Policy, publish
 from calm_ray.run.storage import Storage
-from calm_ray.sampling.engine import EngineActor
-from calm_ray.sampling.generator import Likelihoods
-from calm_ray.sampling.spec import EngineSpec
-from calm_ray.sampling.vllm_generator import MOST_LABELS
 from calm_ray.testing import word_tokenizer, write_tiny_model
 from calm_ray.training.batches import Example, pack
 from calm_ray.training.model import PolicyModel

@@ -10,9 +10,9 @@ import ray
 import torch
 
 from calm_ray.core.sections import Engines
+from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.spec import EngineSpec
 from calm_ray.run.policies import BaseModel, Policy
-from calm_ray.sampling.pool import EnginePool
-from calm_ray.sampling.spec import EngineSpec
 from calm_ray.testing import word_tokenizer, write_tiny_model
 
 pytestmark = pytest.mark.gpu(1)

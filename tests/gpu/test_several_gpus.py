@@ -13,15 +13,15 @@ from factories import pairs_stage, question, tiny_model
 
 from calm_ray.core.rows import rows_of
 from calm_ray.core.sections import Engines, Lora, Train
+from calm_ray.engines.dispatcher import Dispatcher
+from calm_ray.engines.generator import Decoding
+from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.spec import EngineSpec
+from calm_ray.engines.tasks import ChunkTask
 from calm_ray.questions.reader import write_chunks
 from calm_ray.run.policies import BaseModel, Policy
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
-from calm_ray.sampling.chunks import ChunkTask
-from calm_ray.sampling.dispatch import Dispatcher
-from calm_ray.sampling.generator import Decoding
-from calm_ray.sampling.pool import EnginePool
-from calm_ray.sampling.spec import EngineSpec
 from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round
 

@@ -1,7 +1,7 @@
 from factories import question
 
-from calm_ray.sampling.complete import complete, encode_prompt, plain_prompt, predict
-from calm_ray.sampling.generator import Decoding
+from calm_ray.engines.completion import complete, encode_prompt, plain_prompt, predict
+from calm_ray.engines.generator import Decoding
 from calm_ray.testing import ScriptedGenerator, word_tokenizer
 
 TEMPLATE = "{{ bos_token }} [USER] {{ messages[0]['content'] }} [MODEL] "

@@ -11,10 +11,10 @@ from factories import question
 
 from calm_ray.core.errors import CalmRayError
 from calm_ray.core.rows import Question, table
+from calm_ray.engines.dispatcher import Dispatcher, without_bad
+from calm_ray.engines.tasks import ChunkTask
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
-from calm_ray.sampling.chunks import ChunkTask
-from calm_ray.sampling.dispatch import Dispatcher, without_bad
 
 
 def tasks_of(folder: Path, chunks: int, questions: int, languages: tuple[str, ...] = ("en",)) -> list[ChunkTask]:

@@ -10,12 +10,12 @@ from factories import completion, question
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from calm_ray.core.rows import Completion, Question, rows_of, table
+from calm_ray.engines.actor import _put
+from calm_ray.engines.health import Patience, Pulse
+from calm_ray.engines.replica import Member, is_machine_lost, none_will_start
+from calm_ray.engines.tasks import ChunkTask
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
-from calm_ray.sampling.chunks import ChunkTask
-from calm_ray.sampling.engine import _put
-from calm_ray.sampling.health import Patience, Pulse
-from calm_ray.sampling.member import Member, is_machine_lost, none_will_start
 
 
 def member(number: int, **state: Any) -> Member:

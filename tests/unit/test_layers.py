@@ -21,7 +21,7 @@ CORE = [
     "calm_ray.prompts.questions",
     "calm_ray.prompts.answers",
     "calm_ray.prompts.candidates",
-    "calm_ray.sampling.complete",
+    "calm_ray.engines.completion",
     "calm_ray.prompts.extraction",
     "calm_ray.sampling.recorded",
     "calm_ray.prompts.released",

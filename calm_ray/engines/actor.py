@@ -11,14 +11,14 @@ from typing import Any
 import ray
 
 from calm_ray.core.rows import Completion, Prediction, Scored, table
+from calm_ray.engines.child_processes import Leash
+from calm_ray.engines.completion import complete, encode_prompt, predict, score, unanswered
+from calm_ray.engines.generator import Decoding
+from calm_ray.engines.spec import EngineSpec
+from calm_ray.engines.tasks import ChunkTask
+from calm_ray.engines.vllm import VLLMGenerator
 from calm_ray.prompts.candidates import CandidateForm
 from calm_ray.run.policies import Policy
-from calm_ray.sampling.chunks import ChunkTask
-from calm_ray.sampling.complete import complete, encode_prompt, predict, score, unanswered
-from calm_ray.sampling.generator import Decoding
-from calm_ray.sampling.leash import Leash
-from calm_ray.sampling.spec import EngineSpec
-from calm_ray.sampling.vllm_generator import VLLMGenerator
 
 BEAT_SECONDS = 1.0
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from calm_ray.core.errors import CalmRayError
-from calm_ray.sampling.chunks import ChunkTask
+from calm_ray.engines.tasks import ChunkTask
 
 ACCIDENTS = 2
 """Engines that may die under a chunk before its prompts are suspected."""

@@ -20,14 +20,14 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 
 from calm_ray.cluster.connection import WAIT_SECONDS, free_resources, on_this_node
 from calm_ray.core.errors import CalmRayError
+from calm_ray.engines.dispatcher import Dispatcher
+from calm_ray.engines.health import Health, Patience, Pulse
+from calm_ray.engines.placement import Starter
+from calm_ray.engines.replica import POLL_SECONDS, Member, is_machine_lost, none_will_start, reason_of, remote_traceback
+from calm_ray.engines.spec import EngineSpec
+from calm_ray.engines.tasks import ChunkTask
+from calm_ray.engines.text_service import Writers
 from calm_ray.run.policies import Policy
-from calm_ray.sampling.chunks import ChunkTask
-from calm_ray.sampling.dispatch import Dispatcher
-from calm_ray.sampling.health import Health, Patience, Pulse
-from calm_ray.sampling.member import POLL_SECONDS, Member, is_machine_lost, none_will_start, reason_of, remote_traceback
-from calm_ray.sampling.spec import EngineSpec
-from calm_ray.sampling.starter import Starter
-from calm_ray.sampling.writers import Writers
 
 
 class EnginePool:

@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from calm_ray.core.rows import BASE_POLICY
+from calm_ray.engines.generator import Decoding, Generated, Likelihoods
+from calm_ray.engines.spec import EngineSpec
 from calm_ray.run.policies import Policy, forget_policies, require_safetensors
-from calm_ray.sampling.generator import Decoding, Generated, Likelihoods
-from calm_ray.sampling.spec import EngineSpec
 
 
 class VLLMGenerator:

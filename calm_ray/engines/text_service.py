@@ -16,8 +16,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from calm_ray.core.errors import CalmRayError
+from calm_ray.engines.replica import is_machine_lost
 from calm_ray.run.policies import Policy
-from calm_ray.sampling.member import is_machine_lost
 
 RETRY_SECONDS = 1.0
 LOOK_SECONDS = 5.0

@@ -12,8 +12,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
-from calm_ray.sampling.chunks import ChunkTask
-from calm_ray.sampling.health import NEXT, Health
+from calm_ray.engines.health import NEXT, Health
+from calm_ray.engines.tasks import ChunkTask
 
 POLL_SECONDS = 1.0
 

@@ -6,11 +6,11 @@ from collections import Counter
 from typing import Any
 
 from calm_ray.core.console import step
+from calm_ray.engines.dispatcher import Dispatcher, without_bad
+from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.tasks import ChunkTask
 from calm_ray.run.bad_prompts import BadPrompts
 from calm_ray.run.stage import Stage
-from calm_ray.sampling.chunks import ChunkTask
-from calm_ray.sampling.dispatch import Dispatcher, without_bad
-from calm_ray.sampling.pool import EnginePool
 
 
 def over_chunks_and_languages(

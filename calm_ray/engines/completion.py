@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from calm_ray.core.rows import CandidateSet, Completion, Prediction, Question, Scored
 from calm_ray.core.seeds import derive_seed
+from calm_ray.engines.generator import Decoding, Generated, Generator
 from calm_ray.prompts.extraction import read_answers
 from calm_ray.prompts.questions import prompt_text
-from calm_ray.sampling.generator import Decoding, Generated, Generator
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
