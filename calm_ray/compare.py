@@ -144,7 +144,7 @@ def _prepare(todo: Sequence[Contender], known: BaseModel | None, overwrite: bool
     """The questions for all methods, those with gold answers if one needs them, and the model; checked for each."""
     from calm_ray.inputs import prepare
     from calm_ray.start import check_start
-    from calm_ray.training.check import check_training
+    from calm_ray.training.preflight import check_training
 
     # Reading takes minutes where there are many questions: methods that ask the same of them are read for once.
     kinds = {(one.needs_gold, one.config.writes): one.config for one in sorted(todo, key=lambda one: one.needs_gold)}

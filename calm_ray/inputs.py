@@ -38,7 +38,7 @@ def prepare(config: Config, known: BaseModel | None) -> Inputs:
     `known` is the model of a run that is gone on with. Raises InputError for whatever a run could trip over later.
     """
     check_device(config.device)
-    from calm_ray.training.check import check_training
+    from calm_ray.training.preflight import check_training
 
     inputs = _prepare_world(config, known) if config.model == WORLD else _prepare_files(config)
     with refused_as(f"model: {inputs.folder} cannot be built from its config.json"):

@@ -76,7 +76,7 @@ def reason_of(error: Exception) -> str:
         return "its machine is taken back" if error.preempted else "its process or its machine is gone"
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
-    return re.sub(r"^calm_ray\.errors\.\w+: ", "", last)
+    return re.sub(r"^calm_ray\.core\.errors\.\w+: ", "", last)
 
 
 def is_machine_lost(error: RayError, node: str | None) -> bool:

@@ -103,7 +103,7 @@ def utilization(config: Config) -> float:
 
 
 def _cpu_cache() -> int:
-    """The KV cache of an engine on CPUs, 1 GiB unless the environment says otherwise (see `calm_ray.sampling`)."""
+    """The KV cache of an engine on CPUs, 1 GiB unless the environment says otherwise (see `calm_ray.engines.vllm`)."""
     said = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
     return max(1, int(said) if said.isdecimal() else 1) * GIB
 

@@ -20,13 +20,13 @@ from calm_ray.core.sections import Train
 from calm_ray.run.policies import BaseModel, Policy, publish
 from calm_ray.run.stage import Stage
 from calm_ray.training import checkpoint
+from calm_ray.training.agreement import Preferred
 from calm_ray.training.batches import Example, Key, epoch_order, example_of, is_validation, pack, worker_packs
 from calm_ray.training.checkpoint import Position
-from calm_ray.training.margins import Portion, margins_of, margins_once
+from calm_ray.training.checkpoint_triggers import Doomed, Notices, Timer, none_doomed
 from calm_ray.training.model import PolicyModel
-from calm_ray.training.notices import Doomed, Notices, Timer, none_doomed
 from calm_ray.training.objectives import dco_losses, dpo_losses, learning_rate_factor, sft_losses
-from calm_ray.training.preferred import Preferred
+from calm_ray.training.reference import Portion, margins_of, margins_once
 from calm_ray.training.step_metrics import SUMS, means, sums_of
 
 

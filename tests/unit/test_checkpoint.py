@@ -24,7 +24,7 @@ from calm_ray.core.sections import Lora, Train
 from calm_ray.run.policies import BaseModel, Policy
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
-from calm_ray.training import checkpoint, notices
+from calm_ray.training import checkpoint, checkpoint_triggers
 from calm_ray.training.loop import Trainer, TrainJob, train_policy
 
 CPU = torch.device("cpu")
@@ -247,7 +247,7 @@ def test_when_no_checkpoint_was_written_for_so_long_there_is_one(
     undisturbed: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, there = 0.0, {}
-    monkeypatch.setattr(notices, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(checkpoint_triggers, "time", SimpleNamespace(monotonic=lambda: now))
     train_settings = undisturbed.train.model_copy(update={"checkpoint_steps": 100})
     job = replace(undisturbed, output=Stage(Storage(str(tmp_path))), train=train_settings, checkpoint_seconds=15.0)
 

@@ -15,9 +15,9 @@ from calm_ray.core.rows import Margin
 from calm_ray.run.policies import Policy
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
-from calm_ray.training import margins
+from calm_ray.training import reference
 from calm_ray.training.batches import Example
-from calm_ray.training.margins import Portion, margins_once
+from calm_ray.training.reference import Portion, margins_once
 from calm_ray.training.workers import fit_while_it_gets_on
 
 LOST = WorkerGroupError("a node is gone", {0: RuntimeError("gone")})
@@ -70,7 +70,7 @@ def test_without_any_checkpoint_training_is_not_begun_again(tmp_path: Path) -> N
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(margins, "PART_PAIRS", 4)
+    monkeypatch.setattr(reference, "PART_PAIRS", 4)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
