@@ -253,8 +253,8 @@ def _questions(options: argparse.Namespace) -> None:
 
 def _pairs(options: argparse.Namespace) -> None:
     preferences = load_preferences(options.preset, options.set)
-    from calm_ray.evaluation.statistics import print_statistics
-    from calm_ray.preferences.from_disk import write_pairs
+    from calm_ray.methods.calm.from_disk import write_pairs
+    from calm_ray.methods.calm.print_vote import print_statistics
 
     stats = write_pairs(
         options.completions,
@@ -270,7 +270,7 @@ def _pairs(options: argparse.Namespace) -> None:
 def _stats(options: argparse.Namespace) -> None:
     preferences = load_preferences(options.preset, options.set)
     from calm_ray.core.console import on_stderr
-    from calm_ray.evaluation.statistics import print_statistics
+    from calm_ray.methods.calm.print_vote import print_statistics
     from calm_ray.opened import find_run
 
     run = find_run(options.source[0])
@@ -279,7 +279,7 @@ def _stats(options: argparse.Namespace) -> None:
             raise InputError(f"{run.uri} is a run, which was counted by its own rules; name it alone")
         title, stats = f"{run.uri}, round {options.round}", run.vote_report(options.round)
     else:
-        from calm_ray.preferences.from_disk import count_recorded
+        from calm_ray.methods.calm.from_disk import count_recorded
 
         title = f"{options.source[0]}, {options.preset}"
         with on_stderr(options.json):

@@ -160,7 +160,7 @@ def _run(one: Contender, contenders: Sequence[Contender], pool: EnginePool, inpu
     """What is left of one run, but for what another one has."""
     from calm_ray.comparison.shared import share_questions, share_start
     from calm_ray.core.console import say
-    from calm_ray.preferences.gamma import check_gamma
+    from calm_ray.methods.dco.gamma import check_gamma
     from calm_ray.questions.into_run import take_questions
     from calm_ray.rounds import run_to_end
     from calm_ray.start import check_start, start_policy

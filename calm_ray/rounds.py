@@ -11,8 +11,8 @@ from calm_ray.core.console import say
 from calm_ray.engines.pool import EnginePool
 from calm_ray.engines.spec import engine_spec
 from calm_ray.inputs import prepare
+from calm_ray.methods.dco.gamma import check_gamma
 from calm_ray.planning.needs import needs_of
-from calm_ray.preferences.gamma import check_gamma
 from calm_ray.questions.into_run import take_questions
 from calm_ray.run.directory import RunDir
 from calm_ray.run.lock import locked

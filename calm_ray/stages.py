@@ -16,14 +16,14 @@ from calm_ray.engines.pool import EnginePool
 from calm_ray.engines.stage_runner import over_chunks_and_languages
 from calm_ray.evaluation.from_scores import answers_of, changed_answers
 from calm_ray.evaluation.report import evaluation_report, gold_of
-from calm_ray.evaluation.samples import sample_report
 from calm_ray.inputs import context_tokens
-from calm_ray.preferences.own_candidates import OwnCandidates
-from calm_ray.preferences.pipeline import PreferenceJob
+from calm_ray.methods.calm.step import PreferenceJob
+from calm_ray.methods.calm.vote_report import sample_report
+from calm_ray.methods.dco.sampled_step import OwnCandidates
+from calm_ray.methods.dco.scoring import Scoring
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import BaseModel, Policy
 from calm_ray.run.stage import Stage
-from calm_ray.scoring import Scoring
 from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round
 

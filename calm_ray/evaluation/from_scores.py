@@ -11,7 +11,7 @@ from calm_ray.cluster.over_chunks import count_over
 from calm_ray.core.sections import Dco
 from calm_ray.evaluation.score_report import count_distance, count_scores, distance_report, score_report
 from calm_ray.evaluation.scores import Scores, chunks_of, columns_for, read_scored, scores_of
-from calm_ray.preferences.gamma import gammas, optimal_logps
+from calm_ray.methods.dco.gamma import gammas, optimal_logps
 from calm_ray.run.stage import Stage
 
 

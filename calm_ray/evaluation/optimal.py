@@ -7,8 +7,8 @@ from typing import Any
 
 from calm_ray.core.console import console
 from calm_ray.core.errors import InputError
+from calm_ray.methods.dco.gamma import describe_gamma, distance_from_rank_one, exponents, gammas
 from calm_ray.opened import open_run
-from calm_ray.preferences.gamma import describe_gamma, distance_from_rank_one, exponents, gammas
 from calm_ray.run.directory import RunDir
 from calm_ray.summary import percent, plain_table
 

@@ -19,9 +19,9 @@ from calm_ray.demo.translator import WorldTranslator
 from calm_ray.engines.completion import encode_prompt
 from calm_ray.engines.health import Pulse
 from calm_ray.engines.text_service import Writers
-from calm_ray.preferences.pairs import carry_over, draft_pairs, finish_pairs
-from calm_ray.preferences.pipeline import PreferenceJob
-from calm_ray.preferences.voting import ballots_of, elect, vote_rows
+from calm_ray.methods.calm.pairs import carry_over, draft_pairs, finish_pairs
+from calm_ray.methods.calm.step import PreferenceJob
+from calm_ray.methods.calm.voting import ballots_of, elect, vote_rows
 from calm_ray.prompts.questions import LETTERS, prompt_text
 from calm_ray.questions.reader import write_chunks
 from calm_ray.run.policies import BaseModel, Policy

@@ -13,7 +13,7 @@ from calm_ray.core.sections import Anchor, Dco
 from calm_ray.evaluation.ranking import ranks_of
 from calm_ray.evaluation.score_report import count_scores, score_report
 from calm_ray.evaluation.scores import scores_of
-from calm_ray.preferences.gamma import (
+from calm_ray.methods.dco.gamma import (
     RANK_ONE,
     Floats,
     describe_gamma,

@@ -12,8 +12,8 @@ from factories import scored, scored_tables
 from calm_ray.core.rows import Pair, Scored, rows_of, schema, table
 from calm_ray.core.sections import Anchor, Dco
 from calm_ray.evaluation.scores import Scores, Tables, scores_of
-from calm_ray.preferences.gamma import gammas
-from calm_ray.preferences.margins import DrawnPairs, draw_pairs, pair_tables, reference_margins, targets
+from calm_ray.methods.dco.gamma import gammas
+from calm_ray.methods.dco.pairs import DrawnPairs, draw_pairs, pair_tables, reference_margins, targets
 
 CODES = ["en", "fr", "zh", "sw"]
 MANY = 400

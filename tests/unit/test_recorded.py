@@ -14,13 +14,13 @@ from factories import completions, question
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Completion, Question, table
 from calm_ray.core.sections import Preferences
-from calm_ray.evaluation.samples import sample_report
-from calm_ray.preferences.columnar import PAIRS, make_pairs
+from calm_ray.methods.calm.from_columns import PAIRS, make_pairs
+from calm_ray.methods.calm.import_completions import QUESTIONS_PER_CHUNK, open_completions
+from calm_ray.methods.calm.recorded import RecordedChunks
+from calm_ray.methods.calm.vote_report import sample_report
 from calm_ray.run.directory import RunDir
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
-from calm_ray.sampling.imports import QUESTIONS_PER_CHUNK, open_completions
-from calm_ray.sampling.recorded import RecordedChunks
 
 MARKERS = {"en": "Answer:", "cn": "答案:", "fr": "Réponse:"}
 

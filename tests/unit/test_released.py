@@ -17,13 +17,13 @@ import pyarrow as pa
 import pytest
 
 from calm_ray.core.sections import Preferences
-from calm_ray.evaluation.samples import sample_report
-from calm_ray.preferences.columnar import make_pairs
+from calm_ray.methods.calm.from_columns import make_pairs
+from calm_ray.methods.calm.import_completions import open_completions
+from calm_ray.methods.calm.vote_report import sample_report
 from calm_ray.prompts.answers import extract_answer
 from calm_ray.prompts.released import explanations, released_answers, training_prompts
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
-from calm_ray.sampling.imports import open_completions
 
 RELEASED = Preferences(preset="released")
 MARKERS = {"en": "Answer:", "cn": "答案:", "fr": "Réponse:", "de": "Antwort:", "it": "Risposta:", "ja": "答え:"}

@@ -3,7 +3,7 @@ from factories import completions
 
 from calm_ray.core.rows import Completion, Vote
 from calm_ray.core.sections import Preferences
-from calm_ray.preferences.voting import ballots_of, elect, merge_order, right_answers, vote_rows
+from calm_ray.methods.calm.voting import ballots_of, elect, merge_order, right_answers, vote_rows
 
 
 def vote(rows: list[Completion], preferences: Preferences, seed: int = 0) -> Vote:

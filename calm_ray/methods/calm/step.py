@@ -17,10 +17,10 @@ from calm_ray.demo.generator import build_world
 from calm_ray.demo.translator import WorldTranslator
 from calm_ray.engines.text_service import Writers
 from calm_ray.evaluation.report import gold_of
-from calm_ray.evaluation.samples import columns_of_pairs, count_samples
-from calm_ray.preferences.pairs import carry_over, draft_pairs, finish_pairs
-from calm_ray.preferences.translators import ModelTranslator, Translator
-from calm_ray.preferences.voting import Ballots, Election, ballots_of, elect, right_answers, vote_rows
+from calm_ray.methods.calm.pairs import carry_over, draft_pairs, finish_pairs
+from calm_ray.methods.calm.vote_report import columns_of_pairs, count_samples
+from calm_ray.methods.calm.voting import Ballots, Election, ballots_of, elect, right_answers, vote_rows
+from calm_ray.methods.translation import ModelTranslator, Translator
 from calm_ray.run.policies import BaseModel
 from calm_ray.run.stage import Stage
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from calm_ray.core.rows import Completion, Pair, Question
 from calm_ray.core.sections import Preferences
 from calm_ray.engines.completion import plain_prompt
-from calm_ray.preferences.pairing import pair_up
-from calm_ray.preferences.translators import Passage, Translator
-from calm_ray.preferences.voting import Ballots, Election
+from calm_ray.methods.calm.pairing import pair_up
+from calm_ray.methods.calm.voting import Ballots, Election
+from calm_ray.methods.translation import Passage, Translator
 from calm_ray.prompts.questions import letters, prompt_text
 
 Questions = Mapping[tuple[str, str], Question]

@@ -8,8 +8,8 @@ from typing import Any
 
 from calm_ray.core.rows import CandidateSet, Completion, Question, rows_of, table
 from calm_ray.engines.text_service import Writers
-from calm_ray.preferences.pipeline import load_tokenizer, translator_named
-from calm_ray.preferences.sampled_candidates import candidate_sets, carry, draw
+from calm_ray.methods.calm.step import load_tokenizer, translator_named
+from calm_ray.methods.dco.sampled_candidates import candidate_sets, carry, draw
 from calm_ray.run.policies import BaseModel
 from calm_ray.run.stage import Stage
 

@@ -21,15 +21,15 @@ from calm_ray.cluster.connection import cluster
 from calm_ray.core.console import say, step
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import Preferences
-from calm_ray.evaluation.samples import sample_report
+from calm_ray.methods.calm.from_columns import PAIRS, make_pairs
+from calm_ray.methods.calm.import_completions import Imported, open_completions
+from calm_ray.methods.calm.recorded import RecordedChunks
+from calm_ray.methods.calm.vote_report import sample_report
 from calm_ray.planning.needs import Needs, Part
-from calm_ray.preferences.columnar import PAIRS, make_pairs
 from calm_ray.questions.parallel import BAD_ROWS, as_lines
 from calm_ray.questions.reader import OnBadRow
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
-from calm_ray.sampling.imports import Imported, open_completions
-from calm_ray.sampling.recorded import RecordedChunks
 
 PAIRS_FILE = "pairs.parquet"
 TASKS_PER_CPU = 3

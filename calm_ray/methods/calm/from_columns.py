@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from calm_ray.core.sections import Preferences
-from calm_ray.evaluation.samples import columns_of_ballots, count_samples
-from calm_ray.preferences.pairing import pair_up
-from calm_ray.preferences.voting import Ballots, elect
+from calm_ray.methods.calm.pairing import pair_up
+from calm_ray.methods.calm.recorded import Recorded
+from calm_ray.methods.calm.vote_report import columns_of_ballots, count_samples
+from calm_ray.methods.calm.voting import Ballots, elect
 from calm_ray.prompts.extraction import EXTRACTORS, NOBODY, Ints
 from calm_ray.prompts.questions import LETTERS
 from calm_ray.prompts.released import explanations, form, own_form, training_prompts
-from calm_ray.sampling.recorded import Recorded
 
 PAIRS = pa.schema(
     [

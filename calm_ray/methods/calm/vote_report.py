@@ -14,7 +14,7 @@ import numpy as np
 
 from calm_ray.core.rows import Pair
 from calm_ray.evaluation.metrics import ac3, pairwise_agreement
-from calm_ray.preferences.voting import Ballots, Election
+from calm_ray.methods.calm.voting import Ballots, Election
 from calm_ray.prompts.extraction import NOBODY, Ints, letter_index
 
 AGREEMENT_BINS = 10

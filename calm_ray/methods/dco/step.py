@@ -12,8 +12,8 @@ from typing import Any
 from calm_ray.core.rows import Pair, schema
 from calm_ray.core.sections import Dco
 from calm_ray.evaluation.scores import columns_for, read_scored, scores_of
-from calm_ray.preferences.gamma import gammas
-from calm_ray.preferences.margins import draw_pairs, pair_tables, targets
+from calm_ray.methods.dco.gamma import gammas
+from calm_ray.methods.dco.pairs import draw_pairs, pair_tables, targets
 from calm_ray.run.stage import Stage
 
 

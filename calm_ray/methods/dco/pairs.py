@@ -18,7 +18,7 @@ from calm_ray.core.rows import Pair, schema
 from calm_ray.core.sections import Dco
 from calm_ray.core.seeds import derive_seed
 from calm_ray.evaluation.scores import Scores
-from calm_ray.preferences.gamma import Floats, target_margins
+from calm_ray.methods.dco.gamma import Floats, target_margins
 from calm_ray.prompts.candidates import label
 
 Ints = NDArray[np.int64]

@@ -1,0 +1,1 @@
+"""The methods: each is a folder that declares itself."""

@@ -1,0 +1,1 @@
+"""CALM: completions vote, and winning answers are preferred to losing ones."""

@@ -1,0 +1,1 @@
+"""DCO: each language learns to weigh candidates as all languages together do."""

@@ -1,1 +1,0 @@
-"""Completions become votes, votes become pairs of a chosen and a rejected completion."""

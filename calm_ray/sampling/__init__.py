@@ -1,1 +1,0 @@
-"""Questions become prompts, prompts become completions, completions become answers."""
