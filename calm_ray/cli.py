@@ -208,7 +208,7 @@ def _align(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from calm_ray.planning.report import show_plan
+    from calm_ray.commands.plan import show_plan
 
     recipe, overrides = recipe_and_overrides(options.recipe)
     show_plan(
@@ -227,19 +227,19 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from calm_ray.show import show
+    from calm_ray.commands.show import show
 
     show(options.run, options.round, options.question)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from calm_ray.evaluation.again import evaluate_again
+    from calm_ray.commands.evaluate import evaluate_again
 
     evaluate_again(options.run, options.questions, options.round)
 
 
 def _questions(options: argparse.Namespace) -> None:
-    from calm_ray.questions.survey_table import show_questions
+    from calm_ray.commands.questions import show_questions
 
     show_questions(
         options.source,
@@ -297,12 +297,12 @@ def _stats(options: argparse.Namespace) -> None:
 
 
 def _optimal(options: argparse.Namespace) -> None:
-    from calm_ray.evaluation.optimal import show_optimum
+    from calm_ray.commands.optimal import show_optimum
 
     show_optimum(options.run, options.round, options.json)
 
 
 def _export(options: argparse.Namespace) -> None:
-    from calm_ray.export import export_policy
+    from calm_ray.commands.export import export_policy
 
     export_policy(options.run, options.target, options.round)

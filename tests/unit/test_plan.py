@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from calm_ray.commands.plan import duration, show_plan
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError, ResourceError
 from calm_ray.planning.durations import BANDWIDTH_SHARE, FLOPS_SHARE, train_flops
 from calm_ray.planning.hardware import nodes_alike
 from calm_ray.planning.model_shape import shape_of
 from calm_ray.planning.plan import Plan, make_plan
-from calm_ray.planning.report import duration, show_plan
 from calm_ray.planning.work import Counts, count_questions, work_of
 from calm_ray.recipes import RECIPES, load_config
 
@@ -204,7 +204,7 @@ def test_durations_are_for_people() -> None:
 
 def test_planning_starts_and_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom calm_ray.planning.report import show_plan\n"
+        "import sys\nfrom calm_ray.commands.plan import show_plan\n"
         f"show_plan({str(LLAMA)!r}, nodes=2, as_json=True)\nshow_plan(None, as_json=True)\n"
         "print('LOADED', sorted({name.split('.')[0] for name in sys.modules}))"
     )

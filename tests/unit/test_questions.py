@@ -6,12 +6,12 @@ import pyarrow.parquet as pq
 import pytest
 from factories import question, read_questions
 
+from calm_ray.commands.questions import print_survey, show_questions
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question, rows_of, table
 from calm_ray.questions.reader import take_in, write_chunks
 from calm_ray.questions.sources import open_source
 from calm_ray.questions.survey import survey
-from calm_ray.questions.survey_table import print_survey, show_questions
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 

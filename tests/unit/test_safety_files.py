@@ -18,9 +18,9 @@ from factories import tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from calm_ray.commands.export import copy_model
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question, table
-from calm_ray.export import copy_model
 from calm_ray.inputs import check_model
 from calm_ray.questions import records
 from calm_ray.questions.formats import FORMATS

@@ -1,0 +1,1 @@
+"""What the commands of calm-ray do, one file a command."""
