@@ -199,8 +199,8 @@ def _align(options: argparse.Namespace) -> None:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
         return
     from calm_ray.core.console import say
+    from calm_ray.job.summary import print_summary
     from calm_ray.rounds import align
-    from calm_ray.summary import print_summary
 
     run = align(config, overwrite=options.overwrite, redo=options.redo)
     print_summary(run.summary)
@@ -270,8 +270,8 @@ def _pairs(options: argparse.Namespace) -> None:
 def _stats(options: argparse.Namespace) -> None:
     preferences = load_preferences(options.preset, options.set)
     from calm_ray.core.console import on_stderr
+    from calm_ray.job.open_run import find_run
     from calm_ray.methods.calm.print_vote import print_statistics
-    from calm_ray.opened import find_run
 
     run = find_run(options.source[0])
     if run is not None:

@@ -18,7 +18,7 @@ from calm_ray.recipes import RECIPES, is_override, recipe_and_overrides
 
 if TYPE_CHECKING:
     from calm_ray.engines.pool import EnginePool
-    from calm_ray.inputs import Inputs
+    from calm_ray.job.preflight import Inputs
     from calm_ray.run.policies import BaseModel
 
 DEMO_RECIPE = RECIPES / "dco_compare_demo.yaml"
@@ -142,8 +142,8 @@ def _model_of(contenders: Sequence[Contender]) -> BaseModel | None:
 
 def _prepare(todo: Sequence[Contender], known: BaseModel | None, overwrite: bool) -> Inputs:
     """The questions for all methods, those with gold answers if one needs them, and the model; checked for each."""
-    from calm_ray.inputs import prepare
-    from calm_ray.start import check_start
+    from calm_ray.job.initial_policy import check_start
+    from calm_ray.job.preflight import prepare
     from calm_ray.training.preflight import check_training
 
     # Reading takes minutes where there are many questions: methods that ask the same of them are read for once.
@@ -160,10 +160,10 @@ def _run(one: Contender, contenders: Sequence[Contender], pool: EnginePool, inpu
     """What is left of one run, but for what another one has."""
     from calm_ray.comparison.shared import share_questions, share_start
     from calm_ray.core.console import say
+    from calm_ray.job.ingest import take_questions
+    from calm_ray.job.initial_policy import check_start, start_policy
     from calm_ray.methods.dco.gamma import check_gamma
-    from calm_ray.questions.into_run import take_questions
     from calm_ray.rounds import run_to_end
-    from calm_ray.start import check_start, start_policy
 
     config, run, others = one.config, one.run, [other for other in contenders if other is not one]
     say(f"run: {run.uri}")

@@ -10,18 +10,18 @@ from calm_ray.config import Config
 from calm_ray.core.console import say
 from calm_ray.engines.pool import EnginePool
 from calm_ray.engines.spec import engine_spec
-from calm_ray.inputs import prepare
+from calm_ray.job.ingest import take_questions
+from calm_ray.job.initial_policy import check_start, start_policy
+from calm_ray.job.preflight import prepare
+from calm_ray.job.round import Stages
+from calm_ray.job.summary import summarise
 from calm_ray.methods.dco.gamma import check_gamma
 from calm_ray.planning.needs import needs_of
-from calm_ray.questions.into_run import take_questions
 from calm_ray.run.directory import RunDir
 from calm_ray.run.lock import locked
 from calm_ray.run.policies import BaseModel
 from calm_ray.run.provenance import about
 from calm_ray.run.repair import mend
-from calm_ray.stages import Stages
-from calm_ray.start import check_start, start_policy
-from calm_ray.summary import summarise
 
 
 def align(config: Config, *, overwrite: bool = False, redo: bool = False) -> RunDir:

@@ -8,7 +8,7 @@ from pathlib import Path
 from calm_ray.core.console import say
 from calm_ray.core.errors import InputError
 from calm_ray.core.safety import local_path
-from calm_ray.opened import open_run
+from calm_ray.job.open_run import open_run
 from calm_ray.run.merging import merge
 from calm_ray.run.model_files import model_files, require_safetensors
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from calm_ray.core.console import console
 from calm_ray.core.errors import InputError
+from calm_ray.job.open_run import open_run
+from calm_ray.job.summary import percent, plain_table
 from calm_ray.methods.dco.gamma import describe_gamma, distance_from_rank_one, exponents, gammas
-from calm_ray.opened import open_run
 from calm_ray.run.directory import RunDir
-from calm_ray.summary import percent, plain_table
 
 
 def show_optimum(location: str, round_number: int | None, as_json: bool) -> None:

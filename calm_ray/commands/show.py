@@ -12,10 +12,10 @@ from rich.text import Text
 from calm_ray.core.console import console
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Completion, Pair, Question, Scored, Vote, rows_of
-from calm_ray.opened import OpenedRun, open_run
+from calm_ray.job.open_run import OpenedRun, open_run
+from calm_ray.job.summary import print_summary
 from calm_ray.prompts.questions import question_text
 from calm_ray.run.stage import Stage
-from calm_ray.summary import print_summary
 
 
 def show(location: str, round_number: int, question_id: str | None) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from calm_ray.comparison.plan import BASE, Comparison
 from calm_ray.core.console import console
 from calm_ray.evaluation.score_report import ENGLISH
+from calm_ray.job.summary import first_optimum, percent, plain_table
 from calm_ray.run.directory import RunDir
-from calm_ray.summary import first_optimum, percent, plain_table
 
 SHARES = {"rankc_en": "CLC_all", "rankc_mean": "RankC\nmean", "accuracy_en": "A_EN", "accuracy_others": "A_not-EN"}
 """The shares of a row by name, and what their columns are called."""

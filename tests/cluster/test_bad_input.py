@@ -12,7 +12,7 @@ from factories import read_questions
 from tokenizers import normalizers
 
 from calm_ray.cli import main
-from calm_ray.inputs import prepare
+from calm_ray.job.preflight import prepare
 from calm_ray.recipes import load_config
 from calm_ray.testing import word_tokenizer, write_tiny_model
 

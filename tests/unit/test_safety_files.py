@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from calm_ray.commands.export import copy_model
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question, table
-from calm_ray.inputs import check_model
+from calm_ray.job.preflight import check_model
 from calm_ray.questions import records
 from calm_ray.questions.formats import FORMATS
 from calm_ray.questions.hub import hub_names

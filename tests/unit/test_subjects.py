@@ -9,7 +9,7 @@ from factories import question
 
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question
-from calm_ray.inputs import _read_questions
+from calm_ray.job.preflight import _read_questions
 from calm_ray.questions.subjects import of_subjects
 from calm_ray.recipes import load_config
 

@@ -16,7 +16,7 @@ from calm_ray.engines.pool import EnginePool
 from calm_ray.engines.stage_runner import over_chunks_and_languages
 from calm_ray.evaluation.from_scores import answers_of, changed_answers
 from calm_ray.evaluation.report import evaluation_report, gold_of
-from calm_ray.inputs import context_tokens
+from calm_ray.job.preflight import context_tokens
 from calm_ray.methods.calm.step import PreferenceJob
 from calm_ray.methods.calm.vote_report import sample_report
 from calm_ray.methods.dco.sampled_step import OwnCandidates

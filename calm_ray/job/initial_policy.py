@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
-from calm_ray.opened import OpenedRun, open_run
+from calm_ray.job.open_run import OpenedRun, open_run
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import BaseModel, Policy
 from calm_ray.run.storage import Storage, storage_named
