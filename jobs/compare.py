@@ -7,7 +7,7 @@ ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/co
 
 import sys
 
-from calm_ray.compare import main
+from calm_ray.comparison.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from calm_ray.comparison.plan import Contender
+from calm_ray.comparison.contenders import Contender
 from calm_ray.core.console import say
 from calm_ray.core.errors import InputError
 from calm_ray.run.directory import RunDir

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calm_ray.comparison.plan import BASE, Comparison
+from calm_ray.comparison.contenders import BASE, Comparison
 from calm_ray.core.console import console
 from calm_ray.evaluation.score_report import ENGLISH
 from calm_ray.job.summary import first_optimum, percent, plain_table

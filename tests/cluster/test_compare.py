@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from calm_ray.compare import main
+from calm_ray.comparison.main import main
 from calm_ray.core.rows import rows_of
 from calm_ray.run.directory import RunDir
 

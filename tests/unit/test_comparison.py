@@ -11,8 +11,8 @@ import pytest
 import yaml
 from factories import completion, question
 
-from calm_ray.compare import DEMO_RECIPE, main, report
-from calm_ray.comparison.plan import TABLE_1, Comparison, named_methods, plan
+from calm_ray.comparison.contenders import TABLE_1, Comparison, named_methods, plan
+from calm_ray.comparison.main import DEMO_RECIPE, main, report
 from calm_ray.comparison.shared import check_common_start, share_questions, share_start
 from calm_ray.comparison.table import change
 from calm_ray.core.errors import InputError

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calm_ray.comparison.plan import BASE, METHODS, TABLE_1, Comparison, Contender, named_methods, plan
+from calm_ray.comparison.contenders import BASE, METHODS, TABLE_1, Comparison, Contender, named_methods, plan
 from calm_ray.core.exit_codes import exit_code_of
 from calm_ray.recipes import RECIPES, is_override, recipe_and_overrides
 
