@@ -19,18 +19,18 @@ from typing import Any
 import ray
 
 from calm_ray.cluster.connection import cluster
+from calm_ray.cluster.resources import Needs, Part
 from calm_ray.core.rows import Question
 from calm_ray.core.sections import Engines
 from calm_ray.core.seeds import derive_seed
-from calm_ray.engines.completion import encode_prompt
 from calm_ray.engines.dispatcher import Dispatcher
 from calm_ray.engines.generator import Decoding
 from calm_ray.engines.pool import EnginePool
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.tasks import ChunkTask
 from calm_ray.engines.vllm import engine_args, set_environment
-from calm_ray.planning.needs import Needs, Part
 from calm_ray.prompts.questions import prompt_text
+from calm_ray.prompts.rendering import encode_prompt
 from calm_ray.questions.reader import write_chunks
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import BaseModel

@@ -30,11 +30,11 @@ from vote_and_pairs import largest_process
 
 from calm_ray.cluster.connection import cluster
 from calm_ray.cluster.over_chunks import over_chunks
+from calm_ray.cluster.resources import Needs, Part
 from calm_ray.core.rows import Pair, Scored, rows_of, schema, table
 from calm_ray.core.sections import Dco
 from calm_ray.evaluation.scores import read_scored
 from calm_ray.methods.dco.step import CandidatePairs
-from calm_ray.planning.needs import Needs, Part
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 

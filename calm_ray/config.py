@@ -15,6 +15,8 @@ from pydantic import Field, model_validator
 from calm_ray.core.languages import LANGUAGES
 from calm_ray.core.safety import local_problem, refuse_secrets
 from calm_ray.core.sections import (
+    RUN_NAME,
+    WORLD,
     Candidates,
     Dco,
     Engines,
@@ -27,11 +29,6 @@ from calm_ray.core.sections import (
     World,
     unknown_name,
 )
-
-WORLD = "world"
-"""The value of `model` that stands for the embedded demo."""
-
-RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Objective = Literal["dpo", "sft", "dco"]
 

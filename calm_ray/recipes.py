@@ -4,7 +4,7 @@ A recipe may begin with `extends: OTHER.yaml`, or a list of them, paths from its
 differs. Sections are merged key by key, later files over earlier ones, the recipe itself over all; anything else
 (numbers, texts, lists, null) is replaced. On top come `section.key=value` overrides.
 
-A recipe's section `compare` is for `jobs/compare.py` (see `calm_ray.comparison.contenders`); a run by itself leaves it out.
+A recipe's section `compare` is for `jobs/compare.py` (see `calm_ray.comparison.contenders`); a single run ignores it.
 """
 
 from __future__ import annotations

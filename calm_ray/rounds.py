@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from calm_ray.cluster.connection import check_layout, check_storage, cluster
+from calm_ray.cluster.connection import check_storage, cluster
 from calm_ray.cluster.run_lock import locked_in_cluster
 from calm_ray.config import Config
 from calm_ray.core.console import say
 from calm_ray.engines.pool import EnginePool
-from calm_ray.engines.spec import engine_spec
+from calm_ray.job.cluster_check import check_layout
+from calm_ray.job.engines import engine_spec
 from calm_ray.job.ingest import take_questions
 from calm_ray.job.initial_policy import check_start, start_policy
 from calm_ray.job.preflight import prepare

@@ -6,9 +6,8 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,14 +15,11 @@ import ray.data
 from ray._private.state import state as ray_state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from calm_ray.cluster.nodes import kinds_of_cluster, nodes_of_cluster
-from calm_ray.config import Config
+from calm_ray.cluster.nodes import kinds_of_cluster
+from calm_ray.cluster.resources import ENGINE_PLACE, TRAIN_PLACE, Needs, Resources, shortage
 from calm_ray.core.console import say
 from calm_ray.core.errors import InputError, ResourceError
 from calm_ray.core.exit_codes import end_on_sigterm
-from calm_ray.planning.model_shape import shape_of_folder
-from calm_ray.planning.needs import ENGINE_PLACE, TRAIN_PLACE, Needs, Resources, shortage
-from calm_ray.planning.plan import check_plan
 from calm_ray.run.storage import Storage
 
 WAIT_SECONDS = 30
@@ -82,7 +78,7 @@ def _keep_quiet() -> None:
 def check_resources(needs: Needs) -> None:
     """Raises ResourceError where the cluster, grown as far as it may, can never hold what the run needs."""
     most = most_resources()
-    if problem := shortage(needs, {name: most.get(name, 0.0) for name in needs.total}, _kinds_of_nodes()):
+    if problem := shortage(needs, {name: most.get(name, 0.0) for name in needs.total}, kinds_of_nodes()):
         raise ResourceError(f"engines and train.workers: {problem}")
     for what, place, key in (("worker", TRAIN_PLACE, "train.workers"), ("engine", ENGINE_PLACE, "engines")):
         places, count = most.get(place, 0.0), needs.count(what)
@@ -99,46 +95,11 @@ def most_resources() -> Resources:
     return {name: max(present.get(name, 0.0), float(limits.get(name, 0.0))) for name in {*present, *limits}}
 
 
-def _kinds_of_nodes() -> list[Resources]:
+def kinds_of_nodes() -> list[Resources]:
     """What the nodes that are there have, and those that may be started."""
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]] + [
         kind.resources for kind in kinds_of_cluster()
     ]
-
-
-def check_layout(config: Config, model_folder: Path) -> None:
-    """Raises ResourceError where the nodes that are there, or may be started, cannot hold a run, memory included, and
-    InputError for arguments of engines that cannot be.
-
-    A model whose configuration says too little for a plan is left to the engines.
-    """
-    if config.rounds:
-        check_places(config, _kinds_of_nodes())
-    try:
-        shape = shape_of_folder(model_folder)
-    except InputError as error:
-        say(f"the run is not planned: {error}")
-        return
-    check_plan(config, shape, nodes_of_cluster())
-
-
-def check_places(config: Config, nodes: Sequence[Resources]) -> None:
-    """Raises ResourceError where engines could take what elastic workers are counted by: all that nodes have.
-
-    Says so where they could fill nodes that workers need.
-    """
-    used = {place for place in (TRAIN_PLACE, ENGINE_PLACE) if any(place in node for node in nodes)}
-    wanted = {TRAIN_PLACE, ENGINE_PLACE} if config.placement == "split" and len(nodes) > 1 else {TRAIN_PLACE}
-    missing = sorted(wanted - used, reverse=True)
-    if config.train.is_elastic and missing:
-        raise ResourceError(
-            "train.workers: [least, most] needs nodes that say how many workers, and how many engines, they have room "
-            f"for, each what it is for: start some with `ray start --resources '{{\"{missing[0]}\": 8}}'`, or give "
-            "train.workers one number"
-        )
-    others = [node for node in nodes if TRAIN_PLACE not in node and (config.device == "cpu" or node.get("GPU"))]
-    if missing == [ENGINE_PLACE] and others:
-        say(f"engines may fill the nodes that have places to train ({TRAIN_PLACE}): give the others {ENGINE_PLACE}")
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:

@@ -14,8 +14,8 @@ from ray._private.state import state as ray_state
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from calm_ray.planning.hardware import DEVICES, MOST_NODES, Node, places_in, with_places
-from calm_ray.planning.needs import Resources
+from calm_ray.cluster.machines import DEVICES, MOST_NODES, Node, places_in, with_places
+from calm_ray.cluster.resources import Resources
 
 ASK_SECONDS = 60.0
 """A node that has not answered by then is planned by what Ray knows of it."""

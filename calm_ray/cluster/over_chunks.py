@@ -9,7 +9,7 @@ from typing import Any
 
 import ray.data
 
-from calm_ray.planning.needs import DATA_CPUS
+from calm_ray.cluster.resources import DATA_CPUS
 
 ChunkTask = Callable[[dict[str, Any]], dict[str, Any]]
 """Takes {"chunk": its name}; returns a flat row."""

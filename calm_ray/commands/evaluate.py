@@ -11,11 +11,11 @@ from calm_ray.cluster.connection import cluster
 from calm_ray.core.console import console, say
 from calm_ray.core.errors import InputError
 from calm_ray.engines.pool import EnginePool
-from calm_ray.engines.spec import engine_spec
+from calm_ray.evaluation.tables import evaluation_table
+from calm_ray.job.engines import engine_spec
 from calm_ray.job.open_run import open_run
-from calm_ray.job.preflight import candidate_check, check_lengths
+from calm_ray.job.prompt_limits import candidate_check, check_lengths
 from calm_ray.job.round import Stages
-from calm_ray.job.summary import evaluation_table
 from calm_ray.planning.needs import needs_of
 from calm_ray.questions.reader import take_in, write_chunks
 from calm_ray.run.lock import locked

@@ -7,8 +7,8 @@ from typing import Any
 
 from calm_ray.core.console import console
 from calm_ray.core.errors import InputError
+from calm_ray.evaluation.tables import percent, plain_table
 from calm_ray.job.open_run import open_run
-from calm_ray.job.summary import percent, plain_table
 from calm_ray.methods.dco.gamma import describe_gamma, distance_from_rank_one, exponents, gammas
 from calm_ray.run.directory import RunDir
 

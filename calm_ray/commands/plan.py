@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.table import Table
 
+from calm_ray.cluster.machines import GB, Node
 from calm_ray.config import Config
 from calm_ray.core.console import console, say
 from calm_ray.core.errors import InputError
 from calm_ray.planning.durations import BANDWIDTH_SHARE, FLOPS_SHARE
-from calm_ray.planning.hardware import GB, Node, nodes_alike, nodes_of_launcher, this_machine
+from calm_ray.planning.hardware import nodes_alike, nodes_of_launcher, this_machine
 from calm_ray.planning.layout import Place, gb, lay_out
 from calm_ray.planning.model_shape import Shape, shape_of
 from calm_ray.planning.needs import needs_of
@@ -41,7 +42,7 @@ def show_plan(
     """Prints what a recipe's run takes, and where it goes, on the machines of a launcher's file or on alike nodes.
 
     Memory in GB. Without any nodes: this machine (device: cpu), or the fewest machines with eight GPUs that hold the
-    run. `model_config` is a config.json to go by, `gpu` a name of `calm_ray.planning.hardware.DEVICES`.
+    run. `model_config` is a config.json to go by, `gpu` a name of `calm_ray.cluster.machines.DEVICES`.
     Raises InputError naming the field, and ResourceError where the run cannot fit.
     """
     config = load_config(recipe, overrides)

@@ -22,9 +22,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args
 
-from calm_ray.config import TRAIN_BY_OBJECTIVE, WORLD, Config, objective_of
+from calm_ray.config import TRAIN_BY_OBJECTIVE, Config, objective_of
 from calm_ray.core.errors import InputError
-from calm_ray.core.sections import unknown_name
+from calm_ray.core.sections import WORLD, unknown_name
 from calm_ray.recipes import COMPARE, merge, override, read_recipe, validated
 from calm_ray.run.directory import RunDir
 

@@ -94,13 +94,15 @@ def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
 
 
 def _run_all(contenders: Sequence[Contender], overwrite: bool) -> None:
-    from calm_ray.cluster.connection import check_layout, check_resources, check_storage, cluster
+    from calm_ray.cluster.connection import check_resources, check_storage, cluster
+    from calm_ray.cluster.resources import Needs
     from calm_ray.cluster.run_lock import locked_in_cluster
     from calm_ray.comparison.shared import check_common_start
     from calm_ray.core.console import say
     from calm_ray.engines.pool import EnginePool
-    from calm_ray.engines.spec import engine_spec
-    from calm_ray.planning.needs import Needs, needs_of
+    from calm_ray.job.cluster_check import check_layout
+    from calm_ray.job.engines import engine_spec
+    from calm_ray.planning.needs import needs_of
     from calm_ray.run.provenance import about
     from calm_ray.run.repair import mend
 

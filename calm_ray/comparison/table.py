@@ -7,7 +7,8 @@ from typing import Any
 from calm_ray.comparison.contenders import BASE, Comparison
 from calm_ray.core.console import console
 from calm_ray.evaluation.score_report import ENGLISH
-from calm_ray.job.summary import first_optimum, percent, plain_table
+from calm_ray.evaluation.tables import percent, plain_table
+from calm_ray.job.summary import first_optimum
 from calm_ray.run.directory import RunDir
 
 SHARES = {"rankc_en": "CLC_all", "rankc_mean": "RankC\nmean", "accuracy_en": "A_EN", "accuracy_others": "A_not-EN"}

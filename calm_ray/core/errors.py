@@ -23,3 +23,14 @@ class ResourceError(CalmRayError):
     """The cluster cannot hold what is asked of it; the message says what is short and what would fit."""
 
     exit_code = 3
+
+
+class BadRow(Exception):
+    """A row that cannot be used. The reason is the same for all rows of its kind, so that it can be counted."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason

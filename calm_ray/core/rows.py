@@ -235,3 +235,8 @@ def table(row_type: type, rows: Iterable[Any]) -> pa.Table:
 def rows_of(data: pa.Table) -> list[Any]:
     """The rows of a table, maps as dictionaries."""
     return data.to_pylist(maps_as_pydicts="strict")
+
+
+def gold_of(questions: Iterable[Question]) -> dict[str, str]:
+    """question_id -> right letter, where it is known."""
+    return {row["question_id"]: row["gold"] for row in questions if row["gold"] is not None}

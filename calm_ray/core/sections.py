@@ -335,3 +335,10 @@ class Train(Section):
     @property
     def is_elastic(self) -> bool:
         return not isinstance(self.workers, int)
+
+
+WORLD = "world"
+"""The value of `model` that stands for the embedded demo."""
+
+
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from calm_ray.demo.generator import TOWNS, World, lexicon, world_languages
-from calm_ray.methods.translation import Passage
+from calm_ray.prompts.passages import Passage
 from calm_ray.prompts.questions import completion_text
 
 

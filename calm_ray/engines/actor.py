@@ -12,12 +12,13 @@ import ray
 
 from calm_ray.core.rows import Completion, Prediction, Scored, table
 from calm_ray.engines.child_processes import Leash
-from calm_ray.engines.completion import complete, encode_prompt, predict, score, unanswered
+from calm_ray.engines.completion import complete, predict, score, unanswered
 from calm_ray.engines.generator import Decoding
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.tasks import ChunkTask
 from calm_ray.engines.vllm import VLLMGenerator
 from calm_ray.prompts.candidates import CandidateForm
+from calm_ray.prompts.rendering import encode_prompt
 from calm_ray.run.policies import Policy
 
 BEAT_SECONDS = 1.0

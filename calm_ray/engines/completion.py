@@ -4,36 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from calm_ray.core.rows import CandidateSet, Completion, Prediction, Question, Scored
 from calm_ray.core.seeds import derive_seed
 from calm_ray.engines.generator import Decoding, Generated, Generator
 from calm_ray.prompts.extraction import read_answers
 from calm_ray.prompts.questions import prompt_text
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
-    """A user's message as token ids, in the model's chat template where it has one."""
-    if not tokenizer.chat_template:
-        return list(tokenizer.encode(message))
-    return list(tokenizer.encode(_in_chat_template(tokenizer, message), add_special_tokens=False))
-
-
-def plain_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
-    """The text of which `tokenizer.encode` makes the same ids as `encode_prompt`, for users of the pairs' text."""
-    if not tokenizer.chat_template:
-        return message
-    text = _in_chat_template(tokenizer, message)
-    # The template writes a beginning-of-sequence token; many tokenizers put one in front of any text themselves.
-    bos = tokenizer.bos_token
-    adds_bos = bool(bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(bos) if adds_bos else text
-
-
-def _in_chat_template(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
-    chat = [{"role": "user", "content": message}]
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+from calm_ray.prompts.rendering import encode_prompt
 
 
 def complete(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from calm_ray.core.errors import CalmRayError
 from calm_ray.engines.tasks import ChunkTask
+from calm_ray.run.bad_prompts import Blamed
 
 ACCIDENTS = 2
 """Engines that may die under a chunk before its prompts are suspected."""
@@ -23,17 +24,6 @@ FRUITLESS = 2
 BAD_IN_A_ROW = 3
 """Bad prompts that may be found without a single success between them. If engines then die under another one too, they
 are blamed themselves."""
-
-
-@dataclass(frozen=True)
-class Blamed:
-    """A question, in one language, that ends every engine it is given to."""
-
-    question_id: str
-    language: str
-    chunk: str
-    error: str
-    """How the last engine ended."""
 
 
 @dataclass

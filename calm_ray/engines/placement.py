@@ -9,9 +9,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from calm_ray.cluster.connection import most_resources
+from calm_ray.cluster.resources import ENGINE_PLACE
 from calm_ray.engines.actor import Engine
 from calm_ray.engines.spec import EngineSpec
-from calm_ray.planning.needs import ENGINE_PLACE
 
 
 class Starter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from calm_ray.config import Config
 from calm_ray.core.sections import Engines, Lora
 from calm_ray.run.policies import BaseModel
 
@@ -35,9 +34,3 @@ class EngineSpec:
         if self.device == "cpu":
             return {"CPU": self.engines.cpus}
         return {"CPU": self.engines.cpus if size == 1 else float(size), "GPU": size * self.gpu_share}
-
-
-def engine_spec(config: Config, model: BaseModel) -> EngineSpec:
-    """The engines of a run."""
-    is_colocated = config.placement == "colocate" and config.device == "gpu"
-    return EngineSpec(model, config.engines, config.train.lora, config.device, config.seed, is_colocated)

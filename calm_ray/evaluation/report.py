@@ -6,13 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from calm_ray.core.rows import Prediction, Question
+from calm_ray.core.rows import Prediction
 from calm_ray.evaluation.metrics import ac3, accuracy, consistency, unreadable
-
-
-def gold_of(questions: Iterable[Question]) -> dict[str, str]:
-    """question_id -> right letter, where it is known."""
-    return {row["question_id"]: row["gold"] for row in questions if row["gold"] is not None}
 
 
 def evaluation_report(predictions: Iterable[Prediction], gold: Mapping[str, str]) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from typing import Literal
 
 from calm_ray.config import Config
 from calm_ray.core.console import say
+from calm_ray.core.errors import BadRow
 from calm_ray.core.rows import BASE_POLICY, Question
 from calm_ray.engines.pool import EnginePool
-from calm_ray.job.preflight import Inputs, candidate_check, too_long
+from calm_ray.job.preflight import Inputs
+from calm_ray.job.prompt_limits import candidate_check, too_long
 from calm_ray.questions.parallel import BAD_ROWS, as_lines
 from calm_ray.questions.reader import Intake, write_chunks
-from calm_ray.questions.records import BadRow
 from calm_ray.questions.seq2seq import Seq2SeqTranslator
 from calm_ray.questions.translation import (
     BATCH,

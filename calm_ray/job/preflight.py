@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calm_ray.config import WORLD, Config
+from calm_ray.config import Config
 from calm_ray.core.errors import InputError
-from calm_ray.core.rows import Question
 from calm_ray.core.safety import refused_as
-from calm_ray.engines.completion import encode_prompt
-from calm_ray.prompts.candidates import CandidateForm
-from calm_ray.prompts.questions import letters, prompt_text
+from calm_ray.core.sections import WORLD
+from calm_ray.job.prompt_limits import candidate_check, check_lengths, check_letters
 from calm_ray.questions.reader import Intake, take_in
-from calm_ray.questions.records import BadRow
 from calm_ray.questions.splits import refuse_shared, split_questions
 from calm_ray.questions.subjects import of_subjects
 from calm_ray.run.model_files import check_files
@@ -133,24 +129,6 @@ def check_device(device: str) -> None:
         )
 
 
-def candidate_check(folder: Path, config: Config) -> Callable[[Question], None] | None:
-    """What raises BadRow for a question whose candidates the run cannot score; None where it scores no given ones."""
-    from transformers import AutoTokenizer
-
-    if config.candidates is None or config.candidates.form == "samples":
-        return None
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    form, limit = CandidateForm(config.candidates, config.world.seed), context_tokens(folder, config)
-
-    def check(question: Question) -> None:
-        candidates = form.of(question, tokenizer)
-        longest = len(candidates["prompt_token_ids"]) + max(map(len, candidates["token_ids"]))
-        if limit is not None and longest >= limit:
-            raise BadRow("a candidate does not fit into the engines' context", f"{longest} tokens with its prompt")
-
-    return check
-
-
 def check_model(folder: Path) -> None:
     """Raises InputError unless the folder holds a model with a tokenizer, both of kinds that transformers knows itself.
 
@@ -170,47 +148,3 @@ def check_model(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"model: the tokenizer in {folder} has no end-of-sequence token")
-
-
-def check_letters(folder: Path, questions: list[Question]) -> None:
-    """Raises InputError unless the folder's tokenizer can write the questions' letters."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    needed = max((letters(row) for row in questions), key=len)
-    lost = [letter for letter in needed if letter not in tokenizer.decode(tokenizer.encode(letter))]
-    if lost:
-        raise InputError(f"model: the tokenizer in {folder} cannot write the answer letters {', '.join(lost)}")
-
-
-def check_lengths(folder: Path, questions: list[Question], config: Config) -> None:
-    """Raises InputError for a question that leaves no room for an answer in the engines' context."""
-    for row, length, limit in too_long(folder, questions, config):
-        raise InputError(
-            f"question {row['question_id']} in {row['language']}: its prompt is {length} tokens long and the "
-            f"engines take {limit}; leave it out, or raise engines.args.max_model_len where the model allows it"
-        )
-
-
-def context_tokens(folder: Path, config: Config) -> int | None:
-    """The most tokens of a prompt and its answer that the engines take; None where nothing says it."""
-    from transformers import AutoConfig
-
-    limit = config.engines.args.get("max_model_len")
-    if isinstance(limit, int):
-        return limit
-    return getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "max_position_embeddings", None)
-
-
-def too_long(folder: Path, questions: list[Question], config: Config) -> Iterator[tuple[Question, int, int]]:
-    """The questions that leave no room for an answer, each with its prompt's tokens and those the engines take."""
-    from transformers import AutoTokenizer
-
-    limit = context_tokens(folder, config)
-    if limit is None:
-        return
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    for row in questions:
-        length = len(encode_prompt(tokenizer, prompt_text(row, config.sampling.instruction)))
-        if length >= limit:
-            yield row, length, limit

@@ -10,13 +10,13 @@ from typing import Any
 from calm_ray.cluster.over_chunks import count_over, over_chunks
 from calm_ray.config import Config
 from calm_ray.core.console import say, step
-from calm_ray.core.rows import rows_of
+from calm_ray.core.rows import gold_of, rows_of
 from calm_ray.engines.generator import Decoding
 from calm_ray.engines.pool import EnginePool
 from calm_ray.engines.stage_runner import over_chunks_and_languages
 from calm_ray.evaluation.from_scores import answers_of, changed_answers
-from calm_ray.evaluation.report import evaluation_report, gold_of
-from calm_ray.job.preflight import context_tokens
+from calm_ray.evaluation.report import evaluation_report
+from calm_ray.job.prompt_limits import context_tokens
 from calm_ray.methods.calm.step import PreferenceJob
 from calm_ray.methods.calm.vote_report import sample_report
 from calm_ray.methods.dco.sampled_step import OwnCandidates

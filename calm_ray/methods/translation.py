@@ -3,28 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 from calm_ray.core.languages import LANGUAGES
 from calm_ray.prompts.answers import extract_answer
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A completion to carry over. Its answer must survive as `answer`, one of `letters`; None where none is asked."""
-
-    text: str
-    source: str
-    target: str
-    answer: str | None
-    letters: str
-
-
-class Translator(Protocol):
-    def carry(self, passages: Sequence[Passage]) -> list[str | None]:
-        """Each passage in its target language, or None where that failed."""
-        ...
+from calm_ray.prompts.passages import Passage
 
 
 class ModelTranslator:

@@ -7,8 +7,8 @@ section 2.1), of which frozen weights need no gradients of their own (2), and ch
 
 from __future__ import annotations
 
+from calm_ray.cluster.machines import Device
 from calm_ray.config import Config
-from calm_ray.planning.hardware import Device
 from calm_ray.planning.layout import Layout
 from calm_ray.planning.memory import BYTES
 from calm_ray.planning.model_shape import Shape

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from calm_ray.cluster.machines import DEVICES, GB, Node
+from calm_ray.cluster.resources import ENGINE_PLACE, TRAIN_PLACE, Needs, Part
 from calm_ray.config import Config
-from calm_ray.planning.hardware import DEVICES, GB, Node
 from calm_ray.planning.memory import (
     CUDA_ALLOWANCE,
     EngineMemory,
@@ -18,7 +19,7 @@ from calm_ray.planning.memory import (
     worker_memory,
 )
 from calm_ray.planning.model_shape import Shape
-from calm_ray.planning.needs import ENGINE_PLACE, TRAIN_PLACE, Needs, Part, needs_of
+from calm_ray.planning.needs import needs_of
 
 HOST_SHARE = 0.95
 """Ray ends processes on a node whose memory is fuller than this (RAY_memory_usage_threshold)."""

@@ -9,10 +9,10 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from calm_ray.cluster.machines import GB, GIB, Device
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import Train
-from calm_ray.planning.hardware import GB, GIB, Device
 from calm_ray.planning.model_shape import Shape
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calm_ray.config import WORLD
 from calm_ray.core.errors import InputError
 from calm_ray.core.safety import local_path
-from calm_ray.core.sections import Lora
+from calm_ray.core.sections import WORLD, Lora
 
 MOST_HEADER_BYTES = 100_000_000
 """The longest header that safetensors itself reads."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from calm_ray.cluster.machines import DEVICES, Device, Node
 from calm_ray.config import Config
 from calm_ray.core.errors import ResourceError
 from calm_ray.planning.durations import seconds_of
-from calm_ray.planning.hardware import DEVICES, Device, Node
 from calm_ray.planning.layout import Layout, lay_out
 from calm_ray.planning.model_shape import Shape
 from calm_ray.planning.proposals import proposals

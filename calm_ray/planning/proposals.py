@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from calm_ray.cluster.machines import Node
 from calm_ray.config import Config
-from calm_ray.planning.hardware import Node
 from calm_ray.planning.layout import lay_out
 from calm_ray.planning.memory import context_of, utilization
 from calm_ray.planning.model_shape import Shape

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from calm_ray.config import WORLD, Config
+from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question
+from calm_ray.core.sections import WORLD
 from calm_ray.planning.memory import BYTES, FLOAT32, context_of
 from calm_ray.planning.model_shape import Shape
 from calm_ray.run.policies import BaseModel

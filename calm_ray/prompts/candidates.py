@@ -11,12 +11,12 @@ from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
+from calm_ray.core.errors import BadRow
 from calm_ray.core.languages import LANGUAGES
 from calm_ray.core.rows import CandidateSet, Question
 from calm_ray.core.sections import Candidates
-from calm_ray.engines.completion import encode_prompt, plain_prompt
 from calm_ray.prompts.questions import LETTERS, letters, prompt_text, question_text
-from calm_ray.questions.records import BadRow
+from calm_ray.prompts.rendering import encode_prompt, plain_prompt
 
 MASK = "<mask>"
 """What stands in a cloze for its answer."""

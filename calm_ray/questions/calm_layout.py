@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable
 from itertools import islice
 
+from calm_ray.core.errors import BadRow
 from calm_ray.core.languages import LANGUAGES
 from calm_ray.prompts.questions import LETTERS
-from calm_ray.questions.records import BadRow
 
 Note = Callable[[str], None]
 

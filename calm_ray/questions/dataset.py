@@ -8,10 +8,10 @@ from itertools import islice
 import pyarrow as pa
 import ray.data
 
+from calm_ray.core.errors import BadRow
 from calm_ray.core.rows import Question, table
 from calm_ray.questions.parallel import refusal
 from calm_ray.questions.reader import OnBadRow, read_part
-from calm_ray.questions.records import BadRow
 from calm_ray.questions.sources import Part, open_source
 
 BLOCK = 1_000

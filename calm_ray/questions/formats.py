@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from calm_ray.core.errors import InputError
+from calm_ray.core.errors import BadRow, InputError
 from calm_ray.core.rows import Question
 from calm_ray.prompts.questions import LETTERS
 from calm_ray.questions.calm_layout import read_gold, read_input
-from calm_ray.questions.records import BadRow
 from calm_ray.questions.xcopa_phrases import XCOPA_PHRASES
 
 Fields = dict[str, Any]

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from calm_ray.core.errors import InputError
-from calm_ray.questions.records import BadRow
+from calm_ray.core.errors import BadRow, InputError
 
 SHOWN = 20
 """Bad rows that an error message names."""

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from calm_ray.core.errors import InputError
+from calm_ray.core.errors import BadRow, InputError
 from calm_ray.core.languages import LANGUAGES, language_code
 from calm_ray.core.rows import Question, table
 from calm_ray.prompts.questions import LETTERS
 from calm_ray.questions.formats import At, format_named
 from calm_ray.questions.parallel import Index, Problem, Seen, refusal
-from calm_ray.questions.records import BadRow, Record, read_records
+from calm_ray.questions.records import Record, read_records
 from calm_ray.questions.sources import Part, open_source
 from calm_ray.run.stage import Stage
 

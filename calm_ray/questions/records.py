@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 
-from calm_ray.core.errors import InputError
+from calm_ray.core.errors import BadRow, InputError
 from calm_ray.core.safety import refused_as
 from calm_ray.questions.hub import HUB, hub_rows
 
@@ -35,17 +35,6 @@ _SPACE = re.compile(r"\s*")
 _BROKEN_HEADERS: dict[tuple[str, ...], list[str]] = {
     ("Prompt", "Ans", "Candidate", "Ans", "Subject"): ["Prompt", "Ans", "Candidate Ans", "Subject"],
 }
-
-
-class BadRow(Exception):
-    """A row that cannot be used. The reason is the same for all rows of its kind, so that it can be counted."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
-from calm_ray.core.errors import InputError
+from calm_ray.core.errors import BadRow, InputError
 from calm_ray.core.rows import Question
 from calm_ray.questions.formats import format_named
 from calm_ray.questions.parallel import Index, Problem, refusal
 from calm_ray.questions.reader import Row, read
-from calm_ray.questions.records import BadRow
 
 LISTED = 1_000
 """Problems that are kept one by one; the counts are of all."""

@@ -9,7 +9,6 @@ import pyarrow as pa
 
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import BadPrompt, rows_of, table
-from calm_ray.engines.dispatcher import Blamed
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 
@@ -56,3 +55,14 @@ class BadPrompts:
     def _name(self, stage: Stage) -> str:
         """A stage's folder within the run."""
         return stage.storage.uri().removeprefix(self.storage.uri()).lstrip("/")
+
+
+@dataclass(frozen=True)
+class Blamed:
+    """A question, in one language, that ends every engine it is given to."""
+
+    question_id: str
+    language: str
+    chunk: str
+    error: str
+    """How the last engine ended."""

@@ -20,10 +20,10 @@ from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, 
 from ray.train.torch import TorchTrainer
 
 from calm_ray.cluster.connection import WAIT_SECONDS, free_resources, on_this_node
+from calm_ray.cluster.resources import TRAIN_PLACE
 from calm_ray.core.console import say
 from calm_ray.core.errors import CalmRayError, InputError
 from calm_ray.core.sections import Train
-from calm_ray.planning.needs import TRAIN_PLACE
 from calm_ray.run.policies import Policy
 from calm_ray.run.storage import Storage
 from calm_ray.training import checkpoint

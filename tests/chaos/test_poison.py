@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from calm_ray.cli import main
 from calm_ray.core.rows import Question, rows_of
-from calm_ray.engines.completion import encode_prompt
 from calm_ray.prompts.questions import prompt_text
+from calm_ray.prompts.rendering import encode_prompt
 from calm_ray.run.directory import RunDir
 
 pytestmark = pytest.mark.chaos

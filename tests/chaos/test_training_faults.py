@@ -22,9 +22,9 @@ from factories import pairs_stage, tiny_model
 from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 
+from calm_ray.cluster.resources import TRAIN_PLACE
 from calm_ray.core.errors import InputError, StorageError
 from calm_ray.core.sections import Train
-from calm_ray.planning.needs import TRAIN_PLACE
 from calm_ray.run.policies import BaseModel, Policy
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage

@@ -16,13 +16,13 @@ from calm_ray.core.sections import Preferences
 from calm_ray.demo.generator import World, build_world, lexicon, world_questions
 from calm_ray.demo.tokenizer import build_tokenizer
 from calm_ray.demo.translator import WorldTranslator
-from calm_ray.engines.completion import encode_prompt
 from calm_ray.engines.health import Pulse
 from calm_ray.engines.text_service import Writers
 from calm_ray.methods.calm.pairs import carry_over, draft_pairs, finish_pairs
 from calm_ray.methods.calm.step import PreferenceJob
 from calm_ray.methods.calm.voting import ballots_of, elect, vote_rows
 from calm_ray.prompts.questions import LETTERS, prompt_text
+from calm_ray.prompts.rendering import encode_prompt
 from calm_ray.questions.reader import write_chunks
 from calm_ray.run.policies import BaseModel, Policy
 from calm_ray.run.stage import Stage

@@ -7,15 +7,15 @@ from factories import question
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from calm_ray.core.errors import BadRow
 from calm_ray.core.rows import CandidateSet, Question
 from calm_ray.core.sections import Candidates
 from calm_ray.demo.generator import build_world, world_languages, world_questions
 from calm_ray.demo.tokenizer import build_tokenizer
-from calm_ray.engines.completion import encode_prompt
 from calm_ray.prompts.answers import extract_answer
 from calm_ray.prompts.candidates import CandidateForm, label
 from calm_ray.prompts.questions import letters
-from calm_ray.questions.records import BadRow
+from calm_ray.prompts.rendering import encode_prompt
 from calm_ray.testing import word_tokenizer
 
 TEMPLATE = "{{ bos_token }} [USER] {{ messages[0]['content'] }} [MODEL]"

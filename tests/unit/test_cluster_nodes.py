@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from calm_ray.cluster.connection import check_places
+from calm_ray.cluster.machines import GB
 from calm_ray.cluster.nodes import GROUP_LABEL, Kind, Memory, planned
 from calm_ray.core.errors import ResourceError
-from calm_ray.planning.hardware import GB
+from calm_ray.job.cluster_check import check_places
 from calm_ray.recipes import load_config
 
 A100 = {"CPU": 96.0, "GPU": 8.0, "accelerator_type:A100": 1.0}

@@ -1,7 +1,8 @@
 from factories import question
 
-from calm_ray.engines.completion import complete, encode_prompt, plain_prompt, predict
+from calm_ray.engines.completion import complete, predict
 from calm_ray.engines.generator import Decoding
+from calm_ray.prompts.rendering import encode_prompt, plain_prompt
 from calm_ray.testing import ScriptedGenerator, word_tokenizer
 
 TEMPLATE = "{{ bos_token }} [USER] {{ messages[0]['content'] }} [MODEL] "

@@ -10,12 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from factories import read_questions
 
-from calm_ray.core.errors import InputError
+from calm_ray.core.errors import BadRow, InputError
 from calm_ray.core.languages import LANGUAGES
 from calm_ray.core.rows import Question
 from calm_ray.questions.formats import FORMATS
 from calm_ray.questions.reader import read, take_in
-from calm_ray.questions.records import BadRow
 from calm_ray.questions.sources import open_source
 from calm_ray.questions.survey import survey
 from calm_ray.questions.xcopa_phrases import XCOPA_PHRASES

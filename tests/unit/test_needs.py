@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from calm_ray.planning.needs import needs_of, shortage
+from calm_ray.cluster.resources import shortage
+from calm_ray.planning.needs import needs_of
 from calm_ray.recipes import DEMO_RECIPE, load_config
 
 A100_NODE = {"CPU": 96.0, "GPU": 8.0}

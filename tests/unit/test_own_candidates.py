@@ -10,7 +10,7 @@ from factories import completion, completions, question
 from calm_ray.core.rows import CandidateSet, Completion, Question
 from calm_ray.engines.completion import score
 from calm_ray.methods.dco.sampled_candidates import Carried, candidate_sets, carry, draw
-from calm_ray.methods.translation import Passage
+from calm_ray.prompts.passages import Passage
 from calm_ray.testing import ScriptedGenerator, word_tokenizer
 
 TOKENIZER = word_tokenizer(["Question", "q1?", "red", "blue", "green", "rouge", "bleu", "vert"])

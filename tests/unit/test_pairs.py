@@ -6,7 +6,8 @@ from calm_ray.core.rows import Completion
 from calm_ray.core.sections import Preferences
 from calm_ray.methods.calm.pairs import Draft, carry_over, draft_pairs, finish_pairs
 from calm_ray.methods.calm.voting import ballots_of, elect
-from calm_ray.methods.translation import ModelTranslator, Passage
+from calm_ray.methods.translation import ModelTranslator
+from calm_ray.prompts.passages import Passage
 from calm_ray.testing import word_tokenizer
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from calm_ray.cluster.machines import DEVICES, GB, GIB, Node
+from calm_ray.cluster.resources import ENGINE_PLACE, TRAIN_PLACE, shortage
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError, ResourceError
-from calm_ray.planning.hardware import DEVICES, GB, GIB, Node, node_of_instance, nodes_alike, nodes_of_launcher
+from calm_ray.planning.hardware import node_of_instance, nodes_alike, nodes_of_launcher
 from calm_ray.planning.layout import Layout, lay_out
 from calm_ray.planning.model_shape import Shape, shape_of, shape_of_folder
-from calm_ray.planning.needs import ENGINE_PLACE, TRAIN_PLACE, needs_of, shortage
+from calm_ray.planning.needs import needs_of
 from calm_ray.planning.plan import check_plan
 from calm_ray.planning.proposals import changed, proposals
 from calm_ray.recipes import RECIPES, load_config

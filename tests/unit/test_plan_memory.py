@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from calm_ray.cluster.machines import DEVICES, GB, GIB
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import Lora, Train
 from calm_ray.demo import pretraining
-from calm_ray.planning.hardware import DEVICES, GB, GIB
 from calm_ray.planning.memory import (
     CUDA_ALLOWANCE,
     engine_memory,

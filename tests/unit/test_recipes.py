@@ -11,10 +11,11 @@ import pytest
 import yaml
 from factories import read_questions
 
+from calm_ray.cluster.resources import shortage
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.methods.dco.gamma import gammas
-from calm_ray.planning.needs import needs_of, shortage
+from calm_ray.planning.needs import needs_of
 from calm_ray.recipes import DEMO_RECIPE, RECIPES, load_config, load_preferences
 
 CALM = sorted((RECIPES / "calm").glob("table*.yaml"))

@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calm_ray.commands.export import copy_model
-from calm_ray.core.errors import InputError
+from calm_ray.core.errors import BadRow, InputError
 from calm_ray.core.rows import Question, table
 from calm_ray.job.preflight import check_model
 from calm_ray.questions import records
 from calm_ray.questions.formats import FORMATS
 from calm_ray.questions.hub import hub_names
 from calm_ray.questions.reader import question_of, take_in
-from calm_ray.questions.records import BadRow, Record, read_records
+from calm_ray.questions.records import Record, read_records
 from calm_ray.questions.sources import Part, matching
 from calm_ray.run.model_files import check_files, require_safetensors
 from calm_ray.run.policies import BaseModel

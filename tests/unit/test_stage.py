@@ -10,8 +10,7 @@ import pyarrow as pa
 import pytest
 
 from calm_ray.core.errors import StorageError
-from calm_ray.engines.dispatcher import Blamed
-from calm_ray.run.bad_prompts import BadPrompts
+from calm_ray.run.bad_prompts import BadPrompts, Blamed
 from calm_ray.run.directory import RunDir
 from calm_ray.run.policies import Policy
 from calm_ray.run.repair import mend

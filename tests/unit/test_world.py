@@ -15,8 +15,8 @@ from calm_ray.demo.generator import (
 )
 from calm_ray.demo.tokenizer import build_tokenizer
 from calm_ray.demo.translator import WorldTranslator
-from calm_ray.methods.translation import Passage
 from calm_ray.prompts.answers import extract_answer
+from calm_ray.prompts.passages import Passage
 from calm_ray.prompts.questions import prompt_text
 
 

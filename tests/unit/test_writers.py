@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from calm_ray.engines.text_service import RETRY_SECONDS, TRIES_ALONE, Desk, Part
-from calm_ray.methods.translation import ModelTranslator, Passage
+from calm_ray.methods.translation import ModelTranslator
+from calm_ray.prompts.passages import Passage
 
 
 def deaths_until_nothing_is_left(part: Part, poison: int) -> Counter[int]:

@@ -18,6 +18,7 @@ import ray
 import ray.data
 
 from calm_ray.cluster.connection import cluster
+from calm_ray.cluster.resources import Needs, Part
 from calm_ray.core.console import say, step
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import Preferences
@@ -25,7 +26,6 @@ from calm_ray.methods.calm.from_columns import PAIRS, make_pairs
 from calm_ray.methods.calm.import_completions import Imported, open_completions
 from calm_ray.methods.calm.recorded import RecordedChunks
 from calm_ray.methods.calm.vote_report import sample_report
-from calm_ray.planning.needs import Needs, Part
 from calm_ray.questions.parallel import BAD_ROWS, as_lines
 from calm_ray.questions.reader import OnBadRow
 from calm_ray.run.stage import Stage

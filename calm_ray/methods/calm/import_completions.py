@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from calm_ray.core.errors import InputError
+from calm_ray.core.errors import BadRow, InputError
 from calm_ray.core.languages import LANGUAGES, language_code
 from calm_ray.core.rows import Question, rows_of
 from calm_ray.methods.calm.recorded import ASKED, COMPLETIONS, RecordedChunks, asked_of
 from calm_ray.prompts.questions import LETTERS
 from calm_ray.questions.parallel import Index, Problem, Seen, refusal
 from calm_ray.questions.reader import OnBadRow, check_characters, question_of, take_in
-from calm_ray.questions.records import BadRow, Record, read_records
+from calm_ray.questions.records import Record, read_records
 from calm_ray.questions.sources import Part, matching, open_source
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage, storage_named

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from calm_ray.core.rows import Completion, Pair, Question
 from calm_ray.core.sections import Preferences
-from calm_ray.engines.completion import plain_prompt
 from calm_ray.methods.calm.pairing import pair_up
 from calm_ray.methods.calm.voting import Ballots, Election
-from calm_ray.methods.translation import Passage, Translator
+from calm_ray.prompts.passages import Passage, Translator
 from calm_ray.prompts.questions import letters, prompt_text
+from calm_ray.prompts.rendering import plain_prompt
 
 Questions = Mapping[tuple[str, str], Question]
 """(question_id, language) -> question."""

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from calm_ray.core.console import console
-from calm_ray.job.summary import percent, plain_table
+from calm_ray.evaluation.tables import percent, plain_table
 
 BAR = 40
 """Characters of the longest bar of the histogram."""

@@ -11,16 +11,16 @@ from typing import Any
 import pyarrow as pa
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from calm_ray.core.rows import Completion, Pair, Question, Vote, rows_of, table
+from calm_ray.core.rows import Completion, Pair, Question, Vote, gold_of, rows_of, table
 from calm_ray.core.sections import Preferences
 from calm_ray.demo.generator import build_world
 from calm_ray.demo.translator import WorldTranslator
 from calm_ray.engines.text_service import Writers
-from calm_ray.evaluation.report import gold_of
 from calm_ray.methods.calm.pairs import carry_over, draft_pairs, finish_pairs
 from calm_ray.methods.calm.vote_report import columns_of_pairs, count_samples
 from calm_ray.methods.calm.voting import Ballots, Election, ballots_of, elect, right_answers, vote_rows
-from calm_ray.methods.translation import ModelTranslator, Translator
+from calm_ray.methods.translation import ModelTranslator
+from calm_ray.prompts.passages import Translator
 from calm_ray.run.policies import BaseModel
 from calm_ray.run.stage import Stage
 

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from calm_ray.core.rows import CandidateSet, Completion, Question
 from calm_ray.core.seeds import rng_of
-from calm_ray.engines.completion import encode_prompt, plain_prompt
-from calm_ray.methods.translation import Passage, Translator
+from calm_ray.prompts.passages import Passage, Translator
 from calm_ray.prompts.questions import letters, prompt_text
+from calm_ray.prompts.rendering import encode_prompt, plain_prompt
 
 ByLanguage = Mapping[str, Question]
 

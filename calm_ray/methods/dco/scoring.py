@@ -16,7 +16,8 @@ from calm_ray.core.console import step
 from calm_ray.core.sections import Candidates
 from calm_ray.engines.pool import EnginePool
 from calm_ray.engines.stage_runner import over_chunks_and_languages
-from calm_ray.evaluation.from_scores import OptimumCounter, ScoreCounter
+from calm_ray.evaluation.from_scores import ScoreCounter
+from calm_ray.methods.dco.optimum import OptimumCounter
 from calm_ray.methods.dco.sampled_step import OwnCandidates
 from calm_ray.methods.dco.step import CandidatePairs
 from calm_ray.prompts.candidates import CandidateForm

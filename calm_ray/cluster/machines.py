@@ -1,0 +1,89 @@
+"""Machines as a plan sees them: what a GPU can do, and what a node holds.
+
+GB are 10^9 bytes here as in data sheets; a GPU of "80 GB" has a few per cent more, which the plan does not count on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from calm_ray.cluster.resources import ENGINE_PLACE, TRAIN_PLACE
+
+GB, GIB = 10**9, 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU, by its data sheet."""
+
+    name: str
+    memory: int
+    """Bytes."""
+    flops: float
+    """Peak FLOP/s in bfloat16 on dense matrices."""
+    bandwidth: float
+    """Of its memory, bytes/s."""
+
+
+# NVIDIA's data sheets of the SXM modules: A100 (nvidia-a100-datasheet-us-nvidia-1758950: 312 TFLOPS; 1,555 and 2,039
+# GB/s), H100 (989 TFLOPS dense, half of the 1,979 with sparsity; 3.35 TB/s), H200 (the same; 141 GB, 4.8 TB/s).
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("A100-40", 40 * GB, 312e12, 1.555e12),
+        Device("A100-80", 80 * GB, 312e12, 2.039e12),
+        Device("H100", 80 * GB, 989e12, 3.35e12),
+        Device("H200", 141 * GB, 989e12, 4.8e12),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine as Ray sees it."""
+
+    name: str
+    cpus: float
+    gpus: int = 0
+    gpu_memory: int | None = None
+    """Bytes of each GPU; None where it is not known, and then not checked."""
+    memory: int | None = None
+    """Bytes of the host; None where it is not known, and then not checked."""
+    gpu: str | None = None
+    """A name of `DEVICES`."""
+    train_places: int | None = None
+    """Training workers that may go there; None where no node of the cluster says so (`TRAIN_PLACE`)."""
+    engine_places: int | None = None
+    """The same for engines (`ENGINE_PLACE`)."""
+
+    @property
+    def device(self) -> Device:
+        """The GPU, by its name or guessed from its memory: an A100 where nothing speaks against it."""
+        if self.gpu is not None:
+            return DEVICES[self.gpu]
+        memory = 80 * GB if self.gpu_memory is None else self.gpu_memory
+        return DEVICES["A100-40" if memory <= 48 * GB else "A100-80" if memory <= 96 * GB else "H200"]
+
+
+MOST_NODES = 4096
+"""More machines than this are taken for a slip of the pen."""
+
+
+def places_in(resources: Mapping[str, float]) -> dict[str, int | None]:
+    """How many workers and engines a machine says it takes, as `Node` has them."""
+    names = {"train_places": TRAIN_PLACE, "engine_places": ENGINE_PLACE}
+    return {field: int(resources[name]) if name in resources else None for field, name in names.items()}
+
+
+def with_places(kinds: Sequence[Node]) -> list[Node]:
+    """Where any kind of machine says how many workers or engines it takes, those that do not say it take none."""
+    train, engine = any(kind.train_places for kind in kinds), any(kind.engine_places for kind in kinds)
+    return [
+        replace(
+            kind,
+            train_places=(kind.train_places or 0) if train else None,
+            engine_places=(kind.engine_places or 0) if engine else None,
+        )
+        for kind in kinds
+    ]

@@ -1,0 +1,67 @@
+"""What a run asks of a cluster in Ray's own terms: how many engines and workers, with how many CPUs and GPUs each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+DATA_CPUS = 0.5
+"""Logical CPUs of one Ray Data task."""
+
+
+TRAIN_PLACE = "calm_ray_train"
+"""The resource of Ray's that stands for a place to train: nodes that only engines use have none."""
+
+
+ENGINE_PLACE = "calm_ray_engine"
+"""The resource that stands for a place for an engine, where any node has it: engines then leave other nodes alone."""
+
+
+Resources = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of what a run starts, all of them alike."""
+
+    what: Literal["engine", "worker", "data task"]
+    count: int
+    takes: Resources
+    """Each of them, on one node."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run asks of a cluster, all at the same time."""
+
+    parts: list[Part]
+
+    @property
+    def total(self) -> Resources:
+        names = ("CPU", "GPU")
+        return {name: sum(part.count * part.takes.get(name, 0.0) for part in self.parts) for name in names}
+
+    def count(self, what: str) -> int:
+        return sum(part.count for part in self.parts if part.what == what)
+
+
+def shortage(needs: Needs, most: Resources, nodes: Sequence[Resources]) -> str | None:
+    """Why a cluster that may grow to `most`, out of nodes of these kinds, cannot hold a run; None if it can."""
+    short = {name: amount for name, amount in needs.total.items() if amount > most[name]}
+    if short:
+        wants = ", ".join(
+            f"{amount:g} {name} (the cluster has at most {most[name]:g})" for name, amount in short.items()
+        )
+        return (
+            f"this run needs {wants}. Lower engines.per_language, engines.shared, engines.cpus, train.workers or "
+            "train.cpus_per_worker, use a larger cluster, or set device=cpu where there are no GPUs."
+        )
+    for part in needs.parts:
+        if not any(all(node.get(name, 0.0) >= amount for name, amount in part.takes.items()) for node in nodes):
+            wants = " and ".join(f"{amount:g} {name}" for name, amount in part.takes.items() if amount)
+            return (
+                f"an engine or a worker needs {wants} on one node, and no node has that. "
+                "Lower engines.tensor_parallel_size, engines.cpus or train.cpus_per_worker."
+            )
+    return None
