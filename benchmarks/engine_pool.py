@@ -19,21 +19,22 @@ from typing import Any
 import ray
 
 from calm_ray.cluster.connection import cluster
-from calm_ray.cluster.resources import Needs, Part
+from calm_ray.cluster.resources import Group, Needs
 from calm_ray.core.rows import Question
 from calm_ray.core.sections import Engines
 from calm_ray.core.seeds import derive_seed
 from calm_ray.engines.dispatcher import Dispatcher
 from calm_ray.engines.generator import Decoding
 from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.requests import Sample
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.tasks import ChunkTask
 from calm_ray.engines.vllm import engine_args, set_environment
 from calm_ray.prompts.questions import prompt_text
 from calm_ray.prompts.rendering import encode_prompt
 from calm_ray.questions.reader import write_chunks
-from calm_ray.run.directory import RunDir
-from calm_ray.run.policies import BaseModel
+from calm_ray.run.directory import RunDirectory
+from calm_ray.run.policies import RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 
@@ -47,12 +48,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=768)
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, cluster(Needs([Part("data task", 1, {"CPU": 2.0})])):
+    with tempfile.TemporaryDirectory() as folder, cluster(Needs([Group("data task", 1, {"CPU": 2.0})])):
         model = write_tiny_model(Path(folder) / "model", word_tokenizer([*WORDS, *"ABCD.", "\n"]), width=192, layers=4)
-        run = RunDir(folder, "run")
+        run = RunDirectory(folder, "run")
         write_chunks([question(number) for number in range(options.prompts)], run.questions("align"), CHUNK)
         settings = Engines(shared=1, cpus=0.5, args={"max_model_len": 128, "max_num_seqs": 128})
-        spec = EngineSpec(BaseModel(str(model)), settings, None, "cpu", seed=0)
+        spec = EngineSpec(RunModel(str(model)), settings, None, "cpu", seed=0)
         bare = ray.remote(num_cpus=0.5)(bare_loop()).remote(spec, run.questions("align"))
         with EnginePool(spec, ["en"], print) as pool:
             ratios = [turn(pool, bare, run, number) for number in range(options.turns + 1)][1:]  # the first warms up
@@ -60,7 +61,7 @@ def main() -> None:
     print(f"median of {options.turns}: calm_ray takes {cost:+.1f} % of the bare loop's time")
 
 
-def turn(pool: EnginePool, bare: Any, run: RunDir, number: int) -> float:
+def turn(pool: EnginePool, bare: Any, run: RunDirectory, number: int) -> float:
     """The seconds of one pass through the pool by those of one through the bare loop."""
     plain = seconds(lambda: ray.get(bare.generate_all.remote()))
     pooled = seconds(lambda: sample(pool, run, Stage(run.storage.under(f"turn-{number}"))))
@@ -68,10 +69,10 @@ def turn(pool: EnginePool, bare: Any, run: RunDir, number: int) -> float:
     return pooled / plain
 
 
-def sample(pool: EnginePool, run: RunDir, output: Stage) -> None:
+def sample(pool: EnginePool, run: RunDirectory, output: Stage) -> None:
     questions = run.questions("align")
     work = Dispatcher([ChunkTask(questions, output, chunk, "en") for chunk in sorted(questions.chunks())], most_bad=0)
-    for _ in pool.run("sample", work, decoding=DECODING, instruction=False, seed=0, round_number=1):
+    for _ in pool.run(Sample(DECODING, seed=0, round_number=1, instruction=False), work):
         pass
     output.finish({})
 

@@ -30,7 +30,7 @@ from vote_and_pairs import largest_process
 
 from calm_ray.cluster.connection import cluster
 from calm_ray.cluster.over_chunks import over_chunks
-from calm_ray.cluster.resources import Needs, Part
+from calm_ray.cluster.resources import Group, Needs
 from calm_ray.core.rows import Pair, Scored, rows_of, schema, table
 from calm_ray.core.sections import Dco
 from calm_ray.evaluation.scores import read_scored
@@ -186,7 +186,7 @@ def main() -> None:
     sizes = [1000 * count for count in options.thousands]
     with (
         tempfile.TemporaryDirectory() as folder,
-        cluster(Needs([Part("data task", 1, {"CPU": 1.0})]), local_cpus=2),
+        cluster(Needs([Group("data task", 1, {"CPU": 1.0})]), local_cpus=2),
     ):
         work = write_work(Path(folder), max(sizes), options.questions_per_chunk)
         size = sum(file.stat().st_size for file in (Path(folder) / "scored").iterdir())

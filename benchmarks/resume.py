@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from calm_ray.core.rows import Completion, table
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 from calm_ray.run.repair import mend
 from calm_ray.run.stage import Stage
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=192, help="completions in a chunk")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run = RunDir(folder, "run")
+        run = RunDirectory(folder, "run")
         run.begin({"rounds": 2}, {}, overwrite=False)
         stages = [run.stage(number, "sample") for number in (1, 2)]
         for stage in stages:
@@ -54,6 +54,7 @@ def row(number: int) -> Completion:
         text=f"Explanation: number {number} is said to be an eagle, and so it is.\nAnswer: A",
         prompt_token_ids=[(7 * number + i) % 997 for i in range(60)],
         token_ids=[(11 * number + i) % 997 for i in range(40)],
+        logp=-1.0,
         answer="A",
         policy="base",
         finish_reason="stop",

@@ -28,7 +28,7 @@ import psutil
 import pyarrow as pa
 
 from calm_ray.cluster.connection import cluster
-from calm_ray.cluster.resources import Needs, Part
+from calm_ray.cluster.resources import Group, Needs
 from calm_ray.core.sections import Preferences
 from calm_ray.methods.calm.from_disk import RecordedJob, pairs_of_chunks
 from calm_ray.methods.calm.import_completions import UNCOMPRESSED, open_completions
@@ -165,7 +165,7 @@ def main() -> None:
     print(f"plain Python: {plain:,.0f} completions/s", flush=True)
     rates = []
     with (
-        cluster(Needs([Part("data task", 1, {"CPU": 1.0})]), local_cpus=os.cpu_count() or 1),
+        cluster(Needs([Group("data task", 1, {"CPU": 1.0})]), local_cpus=os.cpu_count() or 1),
         tempfile.TemporaryDirectory() as folder,
     ):
         chunks = write_chunks(samples, math.ceil(max(millions) * 1e6 / COMPLETIONS_OF_A_COPY), Path(folder))

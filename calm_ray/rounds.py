@@ -18,28 +18,28 @@ from calm_ray.job.round import Stages
 from calm_ray.job.summary import summarise
 from calm_ray.methods.dco.gamma import check_gamma
 from calm_ray.planning.needs import needs_of
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 from calm_ray.run.lock import locked
-from calm_ray.run.policies import BaseModel
+from calm_ray.run.policies import RunModel
 from calm_ray.run.provenance import about
 from calm_ray.run.repair import mend
 
 
-def align(config: Config, *, overwrite: bool = False, redo: bool = False) -> RunDir:
+def align(config: Config, *, overwrite: bool = False, redo: bool = False) -> RunDirectory:
     """Runs a configuration from where it stands to its end; returns the run directory.
 
     A run that is finished is compared with its manifests, and left as it is where nothing is missing. Raises
     InputError for bad input, before any engine starts, and for a run that differs in what was done already, unless
     that is to be done again (`redo`).
     """
-    run = RunDir(config.storage, config.name)
+    run = RunDirectory(config.storage, config.name)
     say(f"run: {run.uri}")
     with locked(run.storage, say):
         _align(config, run, overwrite=overwrite, redo=redo)
     return run
 
 
-def _align(config: Config, run: RunDir, *, overwrite: bool, redo: bool) -> None:
+def _align(config: Config, run: RunDirectory, *, overwrite: bool, redo: bool) -> None:
     settings = config.model_dump(mode="json")
     run.check(settings, overwrite, redo=redo)
     if not overwrite and _is_whole(run, settings):
@@ -68,7 +68,7 @@ def _align(config: Config, run: RunDir, *, overwrite: bool, redo: bool) -> None:
             run_to_end(config, run, model, pool)
 
 
-def _is_whole(run: RunDir, settings: dict[str, Any]) -> bool:
+def _is_whole(run: RunDirectory, settings: dict[str, Any]) -> bool:
     """Whether a run has all that a configuration asks for, as it was written."""
     if not run.is_complete(settings):
         return False
@@ -76,13 +76,13 @@ def _is_whole(run: RunDir, settings: dict[str, Any]) -> bool:
     return run.is_complete(settings)
 
 
-def run_to_end(config: Config, run: RunDir, model: BaseModel, pool: EnginePool) -> None:
+def run_to_end(config: Config, run: RunDirectory, model: RunModel, pool: EnginePool) -> None:
     """What is left of a run that has its questions, with engines that are there."""
     run_rounds(config, run, Stages(config, run, model, pool))
-    run.finish({"engine_starts": pool.starts, "engines": len(pool.members)})
+    run.finish({"engine_starts": pool.starts, "engines": len(pool.replicas)})
 
 
-def run_rounds(config: Config, run: RunDir, stages: Stages) -> None:
+def run_rounds(config: Config, run: RunDirectory, stages: Stages) -> None:
     """The rounds, from where they stand."""
     policy = start_policy(config, run)
     stages.evaluate(0, policy, policy)

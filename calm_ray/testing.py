@@ -25,17 +25,21 @@ class ScriptedGenerator:
         logp: Callable[[str, str], float] | None = None,
     ) -> None:
         self.policy = "base"
+        self.context_tokens = 1 << 20
         self.tokenizer = tokenizer
         self._reply = reply
         self._logp = logp
 
     def generate(self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]) -> list[list[Generated]]:
-        return [self._one(str(self.tokenizer.decode(prompt)), decoding) for prompt in prompts]
+        return [self._one(prompt, decoding) for prompt in prompts]
 
-    def _one(self, prompt: str, decoding: Decoding) -> list[Generated]:
-        texts = [self._reply(prompt, number) for number in range(decoding.samples)]
+    def _one(self, prompt: list[int], decoding: Decoding) -> list[Generated]:
+        asked = str(self.tokenizer.decode(prompt))
+        texts = [self._reply(asked, number) for number in range(decoding.samples)]
         eos = self.tokenizer.eos_token_id
-        return [Generated(text, [*self.tokenizer.encode(text), eos], "stop") for text in texts]
+        sides = [[*self.tokenizer.encode(text), eos] for text in texts]
+        logps = [self._score(prompt, side) for side in sides]
+        return [Generated(text, side, "stop", logp) for text, side, logp in zip(texts, sides, logps, strict=True)]
 
     def score(
         self, prompts: Sequence[list[int]], candidates: Sequence[list[list[int]]], *, with_prompt: bool

@@ -50,6 +50,7 @@ def completion(
         text=text or f"{language} says {answer} ({sample})",
         prompt_token_ids=[5, 6],
         token_ids=[10 + sample, 1] if finish_reason == "stop" else [10 + sample],
+        logp=-1.0,
         answer=answer,
         policy="base",
         finish_reason=finish_reason,

@@ -16,7 +16,7 @@ import yaml
 
 from calm_ray.core.sections import Lora
 from calm_ray.demo.generator import build_world, world_questions
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 from calm_ray.run.policies import Policy, publish
 
 LANGUAGES = ["en", "fr"]
@@ -101,7 +101,7 @@ def ray_8_cpus(cache: Path) -> Iterator[None]:
     ray.shutdown()
 
 
-def make_adapter(model: Path, folder: Path, storage_of: RunDir, round_number: int, lora: Lora) -> Policy:
+def make_adapter(model: Path, folder: Path, storage_of: RunDirectory, round_number: int, lora: Lora) -> Policy:
     """An adapter with weights large enough to change what the model says."""
     import torch
     from peft import LoraConfig, get_peft_model

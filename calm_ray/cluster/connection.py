@@ -16,7 +16,7 @@ from ray._private.state import state as ray_state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from calm_ray.cluster.nodes import kinds_of_cluster
-from calm_ray.cluster.resources import ENGINE_PLACE, TRAIN_PLACE, Needs, Resources, shortage
+from calm_ray.cluster.resources import ENGINE_SLOT, TRAIN_SLOT, Needs, Resources, shortage
 from calm_ray.core.console import say
 from calm_ray.core.errors import InputError, ResourceError
 from calm_ray.core.exit_codes import end_on_sigterm
@@ -50,7 +50,7 @@ def cluster(needs: Needs, *, least: Needs | None = None, local_cpus: int = 0) ->
         ray.shutdown()
 
 
-def _start_or_join(cpus: int, train_places: int) -> bool:
+def _start_or_join(cpus: int, train_slots: int) -> bool:
     """Starts a local Ray, or joins the cluster that is there; returns whether it joined."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     # Ray protects a local cluster with a token and would leave it in the user's home, where it locks every cluster
@@ -59,7 +59,7 @@ def _start_or_join(cpus: int, train_places: int) -> bool:
     if has_own_token:
         os.environ[TOKEN] = secrets.token_hex(32)
     try:
-        ray.init(num_cpus=cpus, resources={TRAIN_PLACE: train_places} if train_places else None, **options)
+        ray.init(num_cpus=cpus, resources={TRAIN_SLOT: train_slots} if train_slots else None, **options)
         return False
     except ValueError:  # a cluster is there already, and has its own size and token
         if has_own_token:
@@ -80,7 +80,7 @@ def check_resources(needs: Needs) -> None:
     most = most_resources()
     if problem := shortage(needs, {name: most.get(name, 0.0) for name in needs.total}, kinds_of_nodes()):
         raise ResourceError(f"engines and train.workers: {problem}")
-    for what, place, key in (("worker", TRAIN_PLACE, "train.workers"), ("engine", ENGINE_PLACE, "engines")):
+    for what, place, key in (("worker", TRAIN_SLOT, "train.workers"), ("engine", ENGINE_SLOT, "engines")):
         places, count = most.get(place, 0.0), needs.count(what)
         if 0 < places < count:
             raise ResourceError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from calm_ray.cluster.resources import ENGINE_PLACE, TRAIN_PLACE
+from calm_ray.cluster.resources import ENGINE_SLOT, TRAIN_SLOT
 
 GB, GIB = 10**9, 2**30
 
@@ -52,10 +52,10 @@ class Node:
     """Bytes of the host; None where it is not known, and then not checked."""
     gpu: str | None = None
     """A name of `DEVICES`."""
-    train_places: int | None = None
-    """Training workers that may go there; None where no node of the cluster says so (`TRAIN_PLACE`)."""
-    engine_places: int | None = None
-    """The same for engines (`ENGINE_PLACE`)."""
+    train_slots: int | None = None
+    """Training workers that may go there; None where no node of the cluster says so (`TRAIN_SLOT`)."""
+    engine_slots: int | None = None
+    """The same for engines (`ENGINE_SLOT`)."""
 
     @property
     def device(self) -> Device:
@@ -70,20 +70,20 @@ MOST_NODES = 4096
 """More machines than this are taken for a slip of the pen."""
 
 
-def places_in(resources: Mapping[str, float]) -> dict[str, int | None]:
+def slots_in(resources: Mapping[str, float]) -> dict[str, int | None]:
     """How many workers and engines a machine says it takes, as `Node` has them."""
-    names = {"train_places": TRAIN_PLACE, "engine_places": ENGINE_PLACE}
+    names = {"train_slots": TRAIN_SLOT, "engine_slots": ENGINE_SLOT}
     return {field: int(resources[name]) if name in resources else None for field, name in names.items()}
 
 
-def with_places(kinds: Sequence[Node]) -> list[Node]:
+def with_slots(kinds: Sequence[Node]) -> list[Node]:
     """Where any kind of machine says how many workers or engines it takes, those that do not say it take none."""
-    train, engine = any(kind.train_places for kind in kinds), any(kind.engine_places for kind in kinds)
+    train, engine = any(kind.train_slots for kind in kinds), any(kind.engine_slots for kind in kinds)
     return [
         replace(
             kind,
-            train_places=(kind.train_places or 0) if train else None,
-            engine_places=(kind.engine_places or 0) if engine else None,
+            train_slots=(kind.train_slots or 0) if train else None,
+            engine_slots=(kind.engine_slots or 0) if engine else None,
         )
         for kind in kinds
     ]

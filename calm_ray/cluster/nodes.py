@@ -14,7 +14,7 @@ from ray._private.state import state as ray_state
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from calm_ray.cluster.machines import DEVICES, MOST_NODES, Node, places_in, with_places
+from calm_ray.cluster.machines import DEVICES, MOST_NODES, Node, slots_in, with_slots
 from calm_ray.cluster.resources import Resources
 
 ASK_SECONDS = 60.0
@@ -73,7 +73,7 @@ def planned(alive: Sequence[Mapping[str, Any]], kinds: Sequence[Kind], memory: M
         known[group] = known.get(group) or said
     for kind in kinds:
         there += [(kind.resources, known.get(kind.name))] * (kind.most - count[kind.name])
-    return with_places([_node(f"node {number}", *one) for number, one in enumerate(there, start=1)])
+    return with_slots([_node(f"node {number}", *one) for number, one in enumerate(there, start=1)])
 
 
 def _node(name: str, resources: Resources, said: Memory | None) -> Node:
@@ -89,7 +89,7 @@ def _node(name: str, resources: Resources, said: Memory | None) -> Node:
         gpu_memory,
         said.host if said is not None else None,
         gpu,
-        **places_in(resources),
+        **slots_in(resources),
     )
 
 

@@ -11,11 +11,11 @@ import ray.data
 
 from calm_ray.cluster.resources import DATA_CPUS
 
-ChunkTask = Callable[[dict[str, Any]], dict[str, Any]]
+ChunkJob = Callable[[dict[str, Any]], dict[str, Any]]
 """Takes {"chunk": its name}; returns a flat row."""
 
 
-def over_chunks(task: ChunkTask, chunks: Sequence[str]) -> Iterator[dict[str, Any]]:
+def over_chunks(task: ChunkJob, chunks: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The task's row for each chunk, as they are finished."""
     if chunks:
         dataset = ray.data.from_items([{"chunk": chunk} for chunk in chunks], override_num_blocks=len(chunks))

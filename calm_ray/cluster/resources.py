@@ -10,11 +10,11 @@ DATA_CPUS = 0.5
 """Logical CPUs of one Ray Data task."""
 
 
-TRAIN_PLACE = "calm_ray_train"
+TRAIN_SLOT = "calm_ray_train"
 """The resource of Ray's that stands for a place to train: nodes that only engines use have none."""
 
 
-ENGINE_PLACE = "calm_ray_engine"
+ENGINE_SLOT = "calm_ray_engine"
 """The resource that stands for a place for an engine, where any node has it: engines then leave other nodes alone."""
 
 
@@ -22,7 +22,7 @@ Resources = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Part:
+class Group:
     """Some of what a run starts, all of them alike."""
 
     what: Literal["engine", "worker", "data task"]
@@ -35,7 +35,7 @@ class Part:
 class Needs:
     """What a run asks of a cluster, all at the same time."""
 
-    parts: list[Part]
+    parts: list[Group]
 
     @property
     def total(self) -> Resources:

@@ -10,7 +10,7 @@ from calm_ray.core.errors import InputError
 from calm_ray.evaluation.tables import percent, plain_table
 from calm_ray.job.open_run import open_run
 from calm_ray.methods.dco.gamma import describe_gamma, distance_from_rank_one, exponents, gammas
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 
 
 def show_optimum(location: str, round_number: int | None, as_json: bool) -> None:
@@ -44,7 +44,7 @@ def show_optimum(location: str, round_number: int | None, as_json: bool) -> None
             _print_policies(f"{title}, percent", policies[part])
 
 
-def _policies(run: RunDir, number: int, reference: str) -> dict[str, dict[str, Any]]:
+def _policies(run: RunDirectory, number: int, reference: str) -> dict[str, dict[str, Any]]:
     """part -> name of a policy -> its report."""
     parts = {"held_out": "evaluate", "training": "score"}
     before = 0 if reference == "base" else max(0, number - 1)

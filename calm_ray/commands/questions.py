@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from rich.table import Table
 
-from calm_ray.core.console import console, step
+from calm_ray.core.console import console, progress_bar
 from calm_ray.prompts.questions import question_text
 from calm_ray.questions.parallel import SHOWN, Problem
 from calm_ray.questions.reader import OnBadRow, Row, read
@@ -47,7 +47,7 @@ def _watched(rows: Iterator[Row]) -> Iterator[Row]:
         for number, row in enumerate(rows, start=1):
             yield row
             if number % 1_000 == 0 and time.monotonic() - started > 1:
-                bar = bar or stack.enter_context(step("rows read"))
+                bar = bar or stack.enter_context(progress_bar("rows read"))
                 bar.advance(number - said)
                 said = number
 

@@ -26,7 +26,7 @@ from calm_ray.config import TRAIN_BY_OBJECTIVE, Config, objective_of
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import WORLD, unknown_name
 from calm_ray.recipes import COMPARE, merge, override, read_recipe, validated
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 
 BASE = "base"
 """The row of what all methods start from; no method, and no run."""
@@ -52,8 +52,8 @@ class Contender:
     config: Config
 
     @cached_property
-    def run(self) -> RunDir:
-        return RunDir(self.config.storage, self.config.name)
+    def run(self) -> RunDirectory:
+        return RunDirectory(self.config.storage, self.config.name)
 
     @property
     def settings(self) -> dict[str, Any]:

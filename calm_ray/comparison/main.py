@@ -19,7 +19,7 @@ from calm_ray.recipes import RECIPES, is_override, recipe_and_overrides
 if TYPE_CHECKING:
     from calm_ray.engines.pool import EnginePool
     from calm_ray.job.preflight import Inputs
-    from calm_ray.run.policies import BaseModel
+    from calm_ray.run.policies import RunModel
 
 DEMO_RECIPE = RECIPES / "dco_compare_demo.yaml"
 HELP = f"""\
@@ -138,11 +138,11 @@ def _run_all(contenders: Sequence[Contender], overwrite: bool) -> None:
                 _run(one, contenders, pool, inputs)
 
 
-def _model_of(contenders: Sequence[Contender]) -> BaseModel | None:
+def _model_of(contenders: Sequence[Contender]) -> RunModel | None:
     return next((one.run.model for one in contenders if one.run.model is not None), None)
 
 
-def _prepare(todo: Sequence[Contender], known: BaseModel | None, overwrite: bool) -> Inputs:
+def _prepare(todo: Sequence[Contender], known: RunModel | None, overwrite: bool) -> Inputs:
     """The questions for all methods, those with gold answers if one needs them, and the model; checked for each."""
     from calm_ray.job.initial_policy import check_start
     from calm_ray.job.preflight import prepare

@@ -12,7 +12,7 @@ from typing import Literal
 from calm_ray.comparison.contenders import Contender
 from calm_ray.core.console import say
 from calm_ray.core.errors import InputError
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 from calm_ray.run.policies import Policy
 from calm_ray.run.stage import Stage
 
@@ -39,7 +39,7 @@ def check_common_start(contenders: Sequence[Contender]) -> None:
                 raise InputError(_other_than(run, asked[0], f"other questions ({split})"))
 
 
-def _other_than(run: RunDir, first: RunDir, what: str) -> str:
+def _other_than(run: RunDirectory, first: RunDirectory, what: str) -> str:
     return (
         f"{run.uri} has {what} than {first.uri}, so that they cannot be compared. "
         "Give the recipe another name, or add --overwrite to delete these runs and start again."
@@ -52,7 +52,7 @@ def _same_rows(one: Stage, other: Stage) -> bool:
     )
 
 
-def share_questions(run: RunDir, others: Sequence[RunDir]) -> None:
+def share_questions(run: RunDirectory, others: Sequence[RunDirectory]) -> None:
     """Copies the questions of the first run that has them, so that all runs have the same."""
     for split in SPLITS:
         for other in others:

@@ -9,7 +9,7 @@ from calm_ray.core.console import console
 from calm_ray.evaluation.score_report import ENGLISH
 from calm_ray.evaluation.tables import percent, plain_table
 from calm_ray.job.summary import first_optimum
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 
 SHARES = {"rankc_en": "CLC_all", "rankc_mean": "RankC\nmean", "accuracy_en": "A_EN", "accuracy_others": "A_not-EN"}
 """The shares of a row by name, and what their columns are called."""
@@ -39,7 +39,7 @@ def table_rows(comparison: Comparison) -> list[Row]:
     return rows
 
 
-def _row(method: str, run: RunDir, report: dict[str, Any]) -> Row:
+def _row(method: str, run: RunDirectory, report: dict[str, Any]) -> Row:
     shares = {
         "rankc_en": report.get("rankc_en"),
         "rankc_mean": report.get("rankc_mean"),

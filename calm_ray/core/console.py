@@ -17,7 +17,7 @@ LINE_SECONDS = 10.0
 console = Console(highlight=False, soft_wrap=True)
 
 
-class Step:
+class ProgressBar:
     """One long step. `advance` it; what it `note`s stands beside the count."""
 
     def __init__(self, title: str, total: int | None, bar: Progress | None) -> None:
@@ -50,10 +50,10 @@ class Step:
 
 
 @contextmanager
-def step(title: str, total: int | None = None) -> Iterator[Step]:
+def progress_bar(title: str, total: int | None = None) -> Iterator[ProgressBar]:
     """A step with live progress, ended when the block is left."""
     if not console.is_terminal:
-        one = Step(title, total, None)
+        one = ProgressBar(title, total, None)
         yield one
         one.close()
         return
@@ -62,7 +62,7 @@ def step(title: str, total: int | None = None) -> Iterator[Step]:
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as bar:
-        yield Step(title, total, bar)
+        yield ProgressBar(title, total, bar)
 
 
 @contextmanager

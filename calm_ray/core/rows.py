@@ -42,7 +42,7 @@ class Completion(TypedDict):
     Example:
         {"question_id": "q17", "language": "fr", "sample": 2, "round": 1,
          "text": "Explication : ...\\nRéponse : B", "prompt_token_ids": [5, 9], "token_ids": [7, 1],
-         "answer": "B", "policy": "base", "finish_reason": "stop"}
+         "logp": -1.5, "answer": "B", "policy": "base", "finish_reason": "stop"}
     """
 
     question_id: str
@@ -53,6 +53,9 @@ class Completion(TypedDict):
     prompt_token_ids: list[int]
     token_ids: list[int]
     """As the engine sampled them, the end-of-sequence token included; never re-tokenised."""
+    logp: float
+    """Summed log-probability of `token_ids` under `policy`, as the engine sampled them, before temperature and top-p;
+    in nats."""
     answer: str | None
     policy: str
     """The policy that wrote this row."""

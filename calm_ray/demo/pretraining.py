@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from calm_ray.core.console import say, step
+from calm_ray.core.console import progress_bar, say
 from calm_ray.core.languages import LANGUAGES
 from calm_ray.demo.generator import CHOICES, TOWNS, World, lexicon, topics, world_languages
 from calm_ray.demo.tokenizer import build_tokenizer
@@ -171,7 +171,7 @@ def pretrain(world: World, folder: Path, curriculum: Curriculum = CURRICULUM) ->
         model = LlamaForCausalLM(_model_config(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     steps = sum(count for count, _ in curriculum)
-    with step("pretrain the demo's model", steps) as progress:
+    with progress_bar("pretrain the demo's model", steps) as progress:
         for number, rows in enumerate(_batches(reader, curriculum)):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * _schedule(number, steps)

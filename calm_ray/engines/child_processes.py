@@ -9,7 +9,7 @@ from contextlib import suppress
 import psutil
 
 
-class Leash:
+class ChildProcesses:
     """On the processes that this one has started so far, and theirs."""
 
     def __init__(self) -> None:

@@ -38,7 +38,7 @@ class _Suspicion:
 
 
 class Dispatcher:
-    """Chunks that are to be done. `next` gives one out; say `finished`, `died` or `not_begun` of each.
+    """Chunks that are to be done. `next` gives one out; say `finished`, `died` or `requeue` of each.
 
     `on_bad` is given all bad prompts whenever they change.
     """
@@ -91,7 +91,7 @@ class Dispatcher:
         self._search_on(task)
         return False
 
-    def not_begun(self, task: ChunkTask) -> None:
+    def requeue(self, task: ChunkTask) -> None:
         """A task that never reached its engine, or whose machine was lost, is given out again."""
         self._first.append(task)
 

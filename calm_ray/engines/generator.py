@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Generated:
     text: str
     token_ids: list[int]
     finish_reason: str
+    logp: float
+    """Summed log-probability of `token_ids` under the policy, before temperature and top-p, in nats."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Generator(Protocol):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        ...
 
     def generate(self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]) -> list[list[Generated]]:
         """`decoding.samples` completions of each prompt (token ids); one seed for each prompt."""

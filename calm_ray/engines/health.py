@@ -48,7 +48,7 @@ class Patience:
         return up > 0 and (now - self.since > self.seconds or set(coming) <= set(self.late))
 
 
-class Pulse:
+class Heartbeats:
     """Where engines show that they live; the pool reads it. A Ray actor of its own, so that no engine is waited for.
 
     A sign of life is a beat of an engine that has nothing to compute, or has computed something since the beat before.
@@ -62,7 +62,7 @@ class Pulse:
         self._began: dict[int, float] = {}
         self._nodes: dict[int, str] = {}
         self._begun: dict[int, tuple[int, str | None]] = {}
-        self._is_night: bool | None = None  # until it is set, or an engine is seen asleep
+        self._is_paused: bool | None = None  # until it is set, or an engine is seen asleep
 
     def started(self, engine: int, node: str) -> None:
         """An engine's process begins, on this node."""
@@ -77,8 +77,8 @@ class Pulse:
         self._steps[engine] = steps
         self._starts.setdefault(engine, 1)
         self._began.setdefault(engine, time.monotonic())
-        if self._is_night is None and is_asleep:
-            self._is_night = True
+        if self._is_paused is None and is_asleep:
+            self._is_paused = True
 
     def begins(self, ticket: int, engine: int) -> None:
         """An engine begins with what was given out with this ticket."""
@@ -99,14 +99,14 @@ class Pulse:
         _, node = self._begun.get(ticket, (0, None))
         return node
 
-    def set_night(self, is_night: bool) -> None:
+    def set_paused(self, is_paused: bool) -> None:
         """Engines sleep; those that start meanwhile wait until the GPUs are theirs again."""
-        self._is_night = is_night
-        if not is_night:  # who has waited begins now
+        self._is_paused = is_paused
+        if not is_paused:  # who has waited begins now
             self._began = dict.fromkeys(self._began, time.monotonic())
 
-    def is_night(self) -> bool:
-        return bool(self._is_night)
+    def is_paused(self) -> bool:
+        return bool(self._is_paused)
 
     def silence(self) -> dict[int, float]:
         """Seconds since the last sign of life of each engine that has begun."""

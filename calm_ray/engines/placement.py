@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from calm_ray.cluster.connection import most_resources
-from calm_ray.cluster.resources import ENGINE_PLACE
+from calm_ray.cluster.resources import ENGINE_SLOT
 from calm_ray.engines.actor import Engine
+from calm_ray.engines.replica import EngineHandle
 from calm_ray.engines.spec import EngineSpec
 
 
-class Starter:
-    def __init__(self, spec: EngineSpec, pulse_name: str) -> None:
-        self._spec, self._pulse_name = spec, pulse_name
+class Placement:
+    def __init__(self, spec: EngineSpec, heartbeats_name: str) -> None:
+        self._spec, self._heartbeats_name = spec, heartbeats_name
         self._groups: dict[int, PlacementGroup] = {}
-        self._place = {ENGINE_PLACE: 1.0} if ENGINE_PLACE in most_resources() else {}
+        self._place = {ENGINE_SLOT: 1.0} if ENGINE_SLOT in most_resources() else {}
 
-    def start(self, number: int) -> ActorHandle[Any]:
+    def start(self, number: int) -> EngineHandle:
         """A new actor for this engine; Ray starts it again, elsewhere if need be, whenever it dies."""
         spec = self._spec
         options: dict[str, Any] = {"max_restarts": -1}
@@ -28,12 +28,12 @@ class Starter:
             options |= {"num_cpus": spec.needs["CPU"], "num_gpus": spec.needs.get("GPU", 0), "resources": self._place}
         else:
             options |= {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": self._in_group(number)}
-        return Engine.options(**options).remote(spec, number, self._pulse_name)
+        return EngineHandle(Engine.options(**options).remote(spec, number, self._heartbeats_name))
 
     def _in_group(self, number: int) -> PlacementGroupSchedulingStrategy:
         """Into one bundle for each GPU of the engine, all on one node: vLLM starts its workers inside this group."""
         if number not in self._groups:
-            bundle = {"GPU": self._spec.gpu_share, "CPU": 1.0}
+            bundle = {"GPU": self._spec.gpu_fraction, "CPU": 1.0}
             bundles = [bundle | self._place, *[bundle] * (self._spec.engines.tensor_parallel_size - 1)]
             self._groups[number] = placement_group(bundles, strategy="STRICT_PACK", name=f"engine-{number}")
         return PlacementGroupSchedulingStrategy(self._groups[number], 0, placement_group_capture_child_tasks=True)

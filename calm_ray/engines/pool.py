@@ -21,12 +21,21 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 from calm_ray.cluster.connection import WAIT_SECONDS, free_resources, on_this_node
 from calm_ray.core.errors import CalmRayError
 from calm_ray.engines.dispatcher import Dispatcher
-from calm_ray.engines.health import Health, Patience, Pulse
-from calm_ray.engines.placement import Starter
-from calm_ray.engines.replica import POLL_SECONDS, Member, is_machine_lost, none_will_start, reason_of, remote_traceback
+from calm_ray.engines.health import Health, Heartbeats, Patience
+from calm_ray.engines.placement import Placement
+from calm_ray.engines.replica import (
+    POLL_SECONDS,
+    EngineHandle,
+    Replica,
+    is_machine_lost,
+    none_will_start,
+    reason_of,
+    remote_traceback,
+)
+from calm_ray.engines.requests import ChunkRequest, Counts
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.tasks import ChunkTask
-from calm_ray.engines.text_service import Writers
+from calm_ray.engines.text_service import TextService
 from calm_ray.run.policies import Policy
 
 
@@ -39,50 +48,50 @@ class EnginePool:
         self.spec, self._say = spec, say
         self._settings = spec.engines
         self.policy = Policy()
-        self.members: list[Member] = []
-        self._late: set[int] = set()  # engines that writers have waited for in vain
+        self.replicas: list[Replica] = []
+        self._late: set[int] = set()  # engines that text_service have waited for in vain
         self._said = time.monotonic()
         # By name: an engine that is started again must not depend on a reference that may be lost meanwhile.
-        self._pulse_name = f"pulse-{uuid.uuid4().hex}"
+        self._heartbeats_name = f"heartbeats-{uuid.uuid4().hex}"
         options = {
-            "num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "name": self._pulse_name,
+            "num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "name": self._heartbeats_name,
             "scheduling_strategy": on_this_node(),
         }  # fmt: skip
         self._tickets = itertools.count(1)
-        self._starter = Starter(spec, self._pulse_name)
-        self._pulse = ray.remote(Pulse).options(**options).remote()
+        self._placement = Placement(spec, self._heartbeats_name)
+        self._heartbeats = ray.remote(Heartbeats).options(**options).remote()
         try:
             for number, home in enumerate(spec.engines.homes(languages), start=1):
-                self.members.append(Member(number, home, self._starter.start(number)))
+                self.replicas.append(Replica(number, home, self._placement.start(number)))
             self._drive_until(lambda: len(self._with(Health.HEALTHY)) >= self._settings.min_engines)
         except BaseException:
             self.close()
             raise
 
-    def _with(self, *health: Health) -> list[Member]:
-        return [member for member in self.members if member.health in health]
+    def _with(self, *health: Health) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.health in health]
 
     def load(self, policy: Policy) -> None:
         """Every engine that runs takes this policy; the others do so before they serve again."""
         self.policy = policy
-        for member in self._with(Health.HEALTHY, Health.SUSPECT):
-            member.becomes(Health.STALE)
+        for replica in self._with(Health.HEALTHY, Health.SUSPECT):
+            replica.becomes(Health.STALE)
         self._drive_until(lambda: not self._with(Health.STALE) and bool(self._with(Health.HEALTHY)))
 
     def wait_for_all(self) -> None:
         """Until every engine that was not given up can serve."""
         self._drive_until(lambda: not self._with(Health.RESTARTING, Health.STALE, Health.SUSPECT, Health.DEAD))
 
-    def run(self, method: str, work: Dispatcher, **how: Any) -> Iterator[tuple[ChunkTask, dict[str, int]]]:
+    def run(self, request: ChunkRequest, work: Dispatcher) -> Iterator[tuple[ChunkTask, Counts]]:
         """Spreads chunks over the engines; yields each with the engine's counts as it is finished.
 
         Raises CalmRayError where fewer than `min_engines` are left, and for what no other engine could do better.
         """
         while not work.is_done:
-            for member in self._with(Health.HEALTHY):
-                if member.call is None and (task := work.next(member.home)) is not None:
+            for replica in self._with(Health.HEALTHY):
+                if replica.call is None and (task := work.next(replica.home)) is not None:
                     task = replace(task, ticket=next(self._tickets))
-                    member.calls(getattr(member.actor, method).remote(task, **how), task)
+                    replica.calls(replica.engine.serve(task, request), task)
             yield from self._turn(work)
 
     def _drive_until(self, is_done: Callable[[], bool]) -> None:
@@ -93,14 +102,14 @@ class EnginePool:
             if time.monotonic() - since > WAIT_SECONDS:
                 self._say_what_is_waited_for()
 
-    def _turn(self, work: Dispatcher) -> Iterator[tuple[ChunkTask, dict[str, int]]]:
+    def _turn(self, work: Dispatcher) -> Iterator[tuple[ChunkTask, Counts]]:
         """Waits for whatever ends first, a second at most, and looks after every engine."""
-        for member in self.members:
-            if member.call is None and member.health is Health.STALE:
-                member.calls(member.actor.load.remote(self.policy))
-            elif member.call is None and member.health is Health.RESTARTING and member.is_rested:
-                member.calls(member.actor.ready.remote())
-        calls = {member.call: member for member in self.members if member.call is not None}
+        for replica in self.replicas:
+            if replica.call is None and replica.health is Health.STALE:
+                replica.calls(replica.engine.load(self.policy))
+            elif replica.call is None and replica.health is Health.RESTARTING and replica.is_rested:
+                replica.calls(replica.engine.ready())
+        calls = {replica.call: replica for replica in self.replicas if replica.call is not None}
         if not calls:
             time.sleep(POLL_SECONDS)
         done, _ = ray.wait(list(calls), num_returns=1, timeout=POLL_SECONDS) if calls else ([], [])
@@ -109,84 +118,86 @@ class EnginePool:
         self._look_after(work)
 
     def _ended(
-        self, member: Member, call: ray.ObjectRef[Any], work: Dispatcher
-    ) -> Iterator[tuple[ChunkTask, dict[str, int]]]:
-        task, member.call, member.task = member.task, None, None
+        self, replica: Replica, call: ray.ObjectRef[Any], work: Dispatcher
+    ) -> Iterator[tuple[ChunkTask, Counts]]:
+        task, replica.call, replica.task = replica.task, None, None
         try:
             result = ray.get(call)
         except RayError as error:
-            self._failed(member, task, error, work)
+            self._failed(replica, task, error, work)
             return
-        if member.health is Health.RESTARTING:
-            member.has_run = True
-            member.starts = self._starts().get(member.number, 0)
-            member.becomes(Health.STALE)
-        elif task is None and member.health is Health.STALE:
+        if replica.health is Health.RESTARTING:
+            replica.has_run = True
+            replica.starts = self._starts().get(replica.number, 0)
+            replica.becomes(Health.STALE)
+        elif task is None and replica.health is Health.STALE:
             if result == self.policy.name:
-                member.becomes(Health.HEALTHY)
+                replica.becomes(Health.HEALTHY)
         elif task is not None:
-            member.deaths = 0
+            replica.deaths = 0
             if work.finished(task):
                 yield task, result
 
-    def _failed(self, member: Member, task: ChunkTask | None, error: RayError, work: Dispatcher) -> None:
+    def _failed(self, replica: Replica, task: ChunkTask | None, error: RayError, work: Dispatcher) -> None:
         """What a call that raised means: bad input, which no engine can mend, or the end of the engine."""
         if isinstance(error, RayTaskError) and isinstance(error.cause, CalmRayError):
             raise error.cause
-        if member.health is Health.RESTARTING and isinstance(error, ActorUnavailableError):
+        if replica.health is Health.RESTARTING and isinstance(error, ActorUnavailableError):
             return  # not yet
         is_lost = isinstance(error, RayActorError) and error.actor_init_failed
         starts = self._starts()
-        member.has_failed |= is_lost
-        if is_lost and none_will_start(self.members, starts):
-            raise CalmRayError(f"{member.name} did not start: {reason_of(error)}\n{remote_traceback(error)}") from error
+        replica.has_failed |= is_lost
+        if is_lost and none_will_start(self.replicas, starts):
+            raise CalmRayError(
+                f"{replica.name} did not start: {reason_of(error)}\n{remote_traceback(error)}"
+            ) from error
         # Ray calls "unavailable" what died and what is only out of reach, which might go on with its chunk.
-        is_dead = isinstance(error, ActorDiedError) or bool(member.starts_since(starts))
+        is_dead = isinstance(error, ActorDiedError) or bool(replica.starts_since(starts))
         kill = not (isinstance(error, RayActorError) and is_dead)
-        node = ray.get(self._pulse.node_under.remote(task.ticket)) if task is not None else None
-        self._end(member, task, work, reason_of(error), kill=kill, is_innocent=is_machine_lost(error, node))
-        if is_lost and member.health is Health.RESTARTING:  # Ray does not start such a one again
-            member.actor, member.starts = self._starter.start(member.number), starts.get(member.number, 0)
+        node = ray.get(self._heartbeats.node_under.remote(task.ticket)) if task is not None else None
+        self._end(replica, task, work, reason_of(error), kill=kill, is_innocent=is_machine_lost(error, node))
+        if is_lost and replica.health is Health.RESTARTING:  # Ray does not start such a one again
+            replica.engine, replica.starts = self._placement.start(replica.number), starts.get(replica.number, 0)
 
     def _end(
-        self, member: Member, task: ChunkTask | None, work: Dispatcher, why: str, *, kill: bool,
+        self, replica: Replica, task: ChunkTask | None, work: Dispatcher, why: str, *, kill: bool,
         is_innocent: bool = False,
     ) -> None:  # fmt: skip
         """An engine is dead: its chunk goes to another one, and it is started again, unless it died too often."""
-        member.becomes(Health.DEAD)
-        member.call = member.task = None
-        member.deaths += 1
+        replica.becomes(Health.DEAD)
+        replica.call = replica.task = None
+        replica.deaths += 1
         found = len(work.bad)
-        if task is not None and (is_innocent or not ray.get(self._pulse.has_begun.remote(task.ticket))):
-            work.not_begun(task)  # it was dead already, or its machine is lost
+        if task is not None and (is_innocent or not ray.get(self._heartbeats.has_begun.remote(task.ticket))):
+            work.requeue(task)  # it was dead already, or its machine is lost
         elif task is not None and work.died(task, why):
-            member.deaths -= 1
+            replica.deaths -= 1
         if len(work.bad) > found:
             bad = work.bad[-1]
             self._say(f"bad prompt: {bad.question_id} in {bad.language} ends every engine and is left out")
-            for one in self.members:
+            for one in self.replicas:
                 one.deaths = 0
-        if member.deaths > self._settings.max_restarts:
-            self._retire(member, why)
+        if replica.deaths > self._settings.max_restarts:
+            self._retire(replica, why)
             return
         doing = f" at {task.name}" if task is not None else ""
-        self._say(f"{member.name} died{doing}: {why}; it is started again")
+        self._say(f"{replica.name} died{doing}: {why}; it is started again")
         if kill:
-            self._start_over(member)
-        member.becomes(Health.RESTARTING)
-        member.since = time.monotonic()
+            self._start_over(replica)
+        replica.becomes(Health.RESTARTING)
+        replica.since = time.monotonic()
 
-    def _start_over(self, member: Member) -> None:
+    def _start_over(self, replica: Replica) -> None:
         """Ends its process; Ray starts it again."""
-        ray.kill(member.actor, no_restart=False)
-        member.starts, member.call, member.since = self._starts().get(member.number, 0), None, time.monotonic()
+        replica.engine.restart()
+        replica.starts, replica.call, replica.since = self._starts().get(replica.number, 0), None, time.monotonic()
 
-    def _retire(self, member: Member, why: object) -> None:
-        member.becomes(Health.RETIRED)
-        member.call = member.task = None
-        ray.kill(member.actor)
-        left = len(self.members) - len(self._with(Health.RETIRED))
-        self._say(f"{member.name} died {member.deaths} times without finishing anything and is given up; {left} left")
+    def _retire(self, replica: Replica, why: object) -> None:
+        replica.becomes(Health.RETIRED)
+        replica.call = replica.task = None
+        replica.engine.stop()
+        left = len(self.replicas) - len(self._with(Health.RETIRED))
+        self._say(f"{replica.name} died {replica.deaths} times without finishing anything and is given up; {left} left")
         if left < self._settings.min_engines:
             raise CalmRayError(
                 f"{left} engines are left, fewer than engines.min_engines ({self._settings.min_engines}); the last one "
@@ -195,27 +206,27 @@ class EnginePool:
 
     def _look_after(self, work: Dispatcher) -> None:
         """Ends engines that hang; says what is waited for where none can work."""
-        signs = [self._pulse.silence, self._pulse.starts, self._pulse.ages]
+        signs = [self._heartbeats.silence, self._heartbeats.starts, self._heartbeats.ages]
         silence, starts, ages = ray.get([sign.remote() for sign in signs])
         now, settings = time.monotonic(), self._settings
-        for member in self._with(Health.RESTARTING):
-            tries = member.starts_since(starts)
+        for replica in self._with(Health.RESTARTING):
+            tries = replica.starts_since(starts)
             if tries > settings.max_restarts + 1:
-                member.becomes(Health.DEAD)
-                self._retire(member, "it does not come up")
-            elif tries and ages.get(member.number, 0.0) > settings.chunk_seconds:
-                self._end(member, member.task, work, f"not started after {settings.chunk_seconds:g} s", kill=True)
-        for member in self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE):
-            silent = silence.get(member.number, 0.0)
-            if member.call is not None and now - member.since > settings.chunk_seconds:
-                self._end(member, member.task, work, f"not done after {settings.chunk_seconds:g} s", kill=True)
+                replica.becomes(Health.DEAD)
+                self._retire(replica, "it does not come up")
+            elif tries and ages.get(replica.number, 0.0) > settings.chunk_seconds:
+                self._end(replica, replica.task, work, f"not started after {settings.chunk_seconds:g} s", kill=True)
+        for replica in self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE):
+            silent = silence.get(replica.number, 0.0)
+            if replica.call is not None and now - replica.since > settings.chunk_seconds:
+                self._end(replica, replica.task, work, f"not done after {settings.chunk_seconds:g} s", kill=True)
             elif silent > settings.silent_seconds:
-                self._end(member, member.task, work, f"no sign of life for {silent:.0f} s", kill=True)
-            elif silent > settings.silent_seconds / 2 and member.health is Health.HEALTHY:
-                member.becomes(Health.SUSPECT)
-                self._say(f"{member.name} is suspect: no sign of life for {silent:.0f} s")
-            elif silent <= settings.silent_seconds / 2 and member.health is Health.SUSPECT:
-                member.becomes(Health.HEALTHY)
+                self._end(replica, replica.task, work, f"no sign of life for {silent:.0f} s", kill=True)
+            elif silent > settings.silent_seconds / 2 and replica.health is Health.HEALTHY:
+                replica.becomes(Health.SUSPECT)
+                self._say(f"{replica.name} is suspect: no sign of life for {silent:.0f} s")
+            elif silent <= settings.silent_seconds / 2 and replica.health is Health.SUSPECT:
+                replica.becomes(Health.HEALTHY)
         if not self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE):
             self._say_what_is_waited_for()
 
@@ -235,48 +246,50 @@ class EnginePool:
         """The engines give back their GPUs' memory meanwhile (`placement: colocate`)."""
         since = time.monotonic()
         self._drive_until(lambda: not self._loading() or time.monotonic() - since > WAIT_SECONDS)
-        ray.get(self._pulse.set_night.remote(True))
-        for member in self._loading():
-            self._start_over(member)  # it then waits for the end of the night
-        self._tell_all("sleep")
+        ray.get(self._heartbeats.set_paused.remote(True))
+        for replica in self._loading():
+            self._start_over(replica)  # it then waits for the end of the night
+        self._tell_all(EngineHandle.sleep)
         try:
             yield
         finally:
-            self._tell_all("wake")
-            ray.get(self._pulse.set_night.remote(False))
+            self._tell_all(EngineHandle.wake)
+            ray.get(self._heartbeats.set_paused.remote(False))
 
-    def _loading(self) -> list[Member]:
+    def _loading(self) -> list[Replica]:
         """Engines whose process has begun, but is not up."""
         starts = self._starts()
-        return [member for member in self._with(Health.RESTARTING) if member.starts_since(starts)]
+        return [replica for replica in self._with(Health.RESTARTING) if replica.starts_since(starts)]
 
-    def _tell_all(self, method: str) -> None:
+    def _tell_all(self, call: Callable[[EngineHandle], ray.ObjectRef[None]]) -> None:
         running = self._with(Health.HEALTHY, Health.SUSPECT, Health.STALE)
-        told = {getattr(member.actor, method).remote(): member for member in running}
+        told = {call(replica.engine): replica for replica in running}
         done = ray.wait(list(told), num_returns=len(told), timeout=self._settings.silent_seconds)[0] if told else []
-        for call, member in told.items():
+        for asked, replica in told.items():
             try:
-                ray.get(call, timeout=None if call in done else 0)
+                ray.get(asked, timeout=None if asked in done else 0)
             except RayError as error:
-                self._end(member, None, Dispatcher([], 0), reason_of(error), kill=True)
+                self._end(replica, None, Dispatcher([], 0), reason_of(error), kill=True)
 
     @property
-    def writers(self) -> Writers:
-        """The engines as writers of texts, for Ray Data's tasks and for translators.
+    def text_service(self) -> TextService:
+        """The engines as text_service of texts, for Ray Data's tasks and for translators.
 
         Engines that start are waited for, as long as one comes up every WAIT_SECONDS; later only those that came since.
         """
         patience = Patience(WAIT_SECONDS, self._late, time.monotonic())
 
         def coming() -> set[int]:
-            return {member.number for member in self._with(Health.RESTARTING, Health.STALE)}
+            return {replica.number for replica in self._with(Health.RESTARTING, Health.STALE)}
 
         for _ in self._turn(Dispatcher([], 0)) if self._late else ():
             pass  # some of them may be up by now
         self._drive_until(lambda: patience.is_over(len(self._with(Health.HEALTHY)), coming(), time.monotonic()))
         self._late = coming()
-        actors = [member.actor for member in self._with(Health.HEALTHY)]
-        return Writers(actors, self.policy, self._pulse, self._settings.chunk_seconds, self._settings.silent_seconds)
+        engines = [replica.engine for replica in self._with(Health.HEALTHY)]
+        return TextService(
+            engines, self.policy, self._heartbeats, self._settings.chunk_seconds, self._settings.silent_seconds
+        )
 
     @property
     def starts(self) -> int:
@@ -284,10 +297,10 @@ class EnginePool:
         return sum(self._starts().values())
 
     def _starts(self) -> dict[int, int]:
-        return dict(ray.get(self._pulse.starts.remote()))
+        return dict(ray.get(self._heartbeats.starts.remote()))
 
     def states(self) -> Counter[Health]:
-        return Counter(member.health for member in self.members)
+        return Counter(replica.health for replica in self.replicas)
 
     def __enter__(self) -> EnginePool:
         return self
@@ -296,8 +309,8 @@ class EnginePool:
         self.close()
 
     def close(self) -> None:
-        for member in self.members:
-            ray.kill(member.actor)
-        self._starter.close()
-        ray.kill(self._pulse)
-        self.members = []
+        for replica in self.replicas:
+            replica.engine.stop()
+        self._placement.close()
+        ray.kill(self._heartbeats)
+        self.replicas = []

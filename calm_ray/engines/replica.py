@@ -13,19 +13,53 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
 from calm_ray.engines.health import NEXT, Health
+from calm_ray.engines.requests import ChunkRequest, Counts, Write
 from calm_ray.engines.tasks import ChunkTask
+from calm_ray.run.policies import Policy
 
 POLL_SECONDS = 1.0
 
 
+@dataclass(frozen=True)
+class EngineHandle:
+    """What can be asked of an engine's actor, typed. Picklable; a call returns at once, with a reference."""
+
+    actor: ActorHandle[Any]
+
+    def ready(self) -> ray.ObjectRef[str]:
+        return self.actor.ready.remote()
+
+    def load(self, policy: Policy) -> ray.ObjectRef[str]:
+        return self.actor.load.remote(policy)
+
+    def serve(self, task: ChunkTask, request: ChunkRequest) -> ray.ObjectRef[Counts]:
+        return self.actor.serve.remote(task, request)
+
+    def write(self, request: Write, policy: Policy, ticket: int) -> ray.ObjectRef[list[str]]:
+        return self.actor.write.remote(request, policy, ticket)
+
+    def sleep(self) -> ray.ObjectRef[None]:
+        return self.actor.sleep.remote()
+
+    def wake(self) -> ray.ObjectRef[None]:
+        return self.actor.wake.remote()
+
+    def restart(self) -> None:
+        """Ends its process; Ray starts it again."""
+        ray.kill(self.actor, no_restart=False)
+
+    def stop(self) -> None:
+        ray.kill(self.actor)
+
+
 @dataclass
-class Member:
+class Replica:
     """An engine of the pool, as the driver sees it."""
 
     number: int
     home: str | None
     """Its home language; None where engines are shared."""
-    actor: ActorHandle[Any]
+    engine: EngineHandle
     health: Health = Health.RESTARTING
     call: ray.ObjectRef[Any] | None = None
     """What it is doing: starting, taking a policy, or a chunk."""
@@ -52,7 +86,7 @@ class Member:
     def starts_since(self, starts: dict[int, int]) -> int:
         """How often it was started since it last came up or died.
 
-        `starts` counts the starts of each engine (`Pulse.starts`); fewer than before where that count began anew.
+        `starts` counts the starts of each engine (`Heartbeats.starts`); fewer than before where that count began anew.
         """
         self.starts = min(self.starts, starts.get(self.number, 0))
         return starts.get(self.number, 0) - self.starts
@@ -65,9 +99,9 @@ class Member:
         self.call, self.task, self.since = call, task, time.monotonic()
 
 
-def none_will_start(members: Sequence[Member], starts: dict[int, int]) -> bool:
-    """Whether every engine that has begun so far (`Pulse.starts`) has failed to come up."""
-    return all(one.has_failed and not one.has_run for one in members if one.number in starts)
+def none_will_start(replicas: Sequence[Replica], starts: dict[int, int]) -> bool:
+    """Whether every engine that has begun so far (`Heartbeats.starts`) has failed to come up."""
+    return all(one.has_failed and not one.has_run for one in replicas if one.number in starts)
 
 
 def reason_of(error: Exception) -> str:

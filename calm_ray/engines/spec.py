@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calm_ray.core.sections import Engines, Lora
-from calm_ray.run.policies import BaseModel
+from calm_ray.run.policies import RunModel
 
-ENGINE_SHARE = 0.6
+ENGINE_GPU_FRACTION = 0.6
 
 
 @dataclass(frozen=True)
 class EngineSpec:
     """What an engine actor is started with."""
 
-    model: BaseModel
+    model: RunModel
     engines: Engines
     lora: Lora | None
     device: str
@@ -23,9 +23,9 @@ class EngineSpec:
     """Shares its GPUs with training workers, and sleeps while they work."""
 
     @property
-    def gpu_share(self) -> float:
+    def gpu_fraction(self) -> float:
         """Of each of its GPUs, for Ray's bookkeeping: more than half, so that no two engines share one."""
-        return ENGINE_SHARE if self.is_colocated else 1.0
+        return ENGINE_GPU_FRACTION if self.is_colocated else 1.0
 
     @property
     def needs(self) -> dict[str, float]:
@@ -33,4 +33,4 @@ class EngineSpec:
         size = self.engines.tensor_parallel_size
         if self.device == "cpu":
             return {"CPU": self.engines.cpus}
-        return {"CPU": self.engines.cpus if size == 1 else float(size), "GPU": size * self.gpu_share}
+        return {"CPU": self.engines.cpus if size == 1 else float(size), "GPU": size * self.gpu_fraction}

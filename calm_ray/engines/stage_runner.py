@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
 
-from calm_ray.core.console import step
+from calm_ray.core.console import progress_bar
 from calm_ray.engines.dispatcher import Dispatcher, without_bad
 from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.requests import ChunkRequest
 from calm_ray.engines.tasks import ChunkTask
 from calm_ray.run.bad_prompts import BadPrompts
 from calm_ray.run.stage import Stage
@@ -16,14 +17,13 @@ from calm_ray.run.stage import Stage
 def over_chunks_and_languages(
     pool: EnginePool,
     bad_prompts: BadPrompts,
-    method: str,
+    request: ChunkRequest,
     title: str,
     questions: Stage,
     output: Stage,
-    languages: list[str],
-    **how: Any,
+    languages: Sequence[str],
 ) -> Counter[str]:
-    """Runs an engine method, by the pool's policy, for each chunk and language that `output` lacks.
+    """Asks the pool's policy for each chunk and language that `output` lacks.
 
     Returns the sum of all chunks' counts.
     """
@@ -38,9 +38,9 @@ def over_chunks_and_languages(
     known = bad_prompts.known(questions)
     most_bad, noting = pool.spec.engines.max_bad_prompts, bad_prompts.noting(questions, output)
     work = Dispatcher(without_bad(todo, known), most_bad, len(known), noting)
-    with step(title, len(tasks)) as progress:
+    with progress_bar(title, len(tasks)) as progress:
         progress.advance(len(tasks) - len(todo))
-        for task, counts in pool.run(method, work, **how):
+        for task, counts in pool.run(request, work):
             by_language[task.language] += counts["rows"]
             progress.advance(note=" ".join(f"{code} {by_language[code]}" for code in languages))
     return output.counts()

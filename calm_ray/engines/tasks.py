@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from calm_ray.core.rows import rows_of
+from calm_ray.core.rows import rows_of, table
+from calm_ray.engines.requests import Counts, Served
 from calm_ray.run.policies import Policy
 from calm_ray.run.stage import Stage
 
@@ -20,14 +21,14 @@ class ChunkTask:
     chunk: str
     language: str
     policy: Policy = field(default_factory=Policy)
-    """By whom. An engine that has another one, since it was started anew, takes this one first."""
+    """The policy the engine must serve. A restarted engine, which has another one, loads it first."""
     without: frozenset[str] = frozenset()
-    """Questions that are left out: they end every engine."""
+    """Questions that are skipped: they crash every engine."""
     only: tuple[str, ...] | None = None
     """A trial: just these questions, and nothing is written."""
 
     ticket: int = 0
-    """Under which it was given out: every time another one."""
+    """Unique id of this dispatch."""
 
     @property
     def name(self) -> str:
@@ -42,9 +43,16 @@ class ChunkTask:
             if row["question_id"] not in self.without and (asked is None or row["question_id"] in asked)
         ]
 
-    def left_out(self) -> list[Any]:
-        """The rows of questions that end every engine."""
+    def skipped(self) -> list[Any]:
+        """The rows of questions that crash every engine."""
         return [row for row in self._rows() if row["question_id"] in self.without] if self.without else []
+
+    def write(self, served: Served) -> Counts:
+        """Writes what the task's request made, once, unless it is a trial; returns its counts."""
+        # An engine that was taken for dead while out of reach may come with rows of its own later.
+        if self.only is None and not self.output.has(self.name):
+            self.output.write(self.name, table(served.kind, served.rows), counts=served.counts)
+        return {"rows": len(served.rows), **served.counts}
 
     def _rows(self) -> list[Any]:
         return [row for row in rows_of(self.questions.read_chunk(self.chunk)) if row["language"] == self.language]

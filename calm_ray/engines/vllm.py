@@ -96,11 +96,15 @@ class VLLMGenerator:
                 top_p=decoding.top_p,
                 max_tokens=decoding.max_new_tokens,
                 seed=seed,
+                logprobs=0,  # of the sampled tokens alone
             )
             for seed in seeds
         ]
         return [
-            [Generated(one.text, list(one.token_ids), str(one.finish_reason)) for one in output.outputs]
+            [
+                Generated(one.text, list(one.token_ids), str(one.finish_reason), one.cumulative_logprob)
+                for one in output.outputs
+            ]
             for output in self._generate(prompts, params)
         ]
 
@@ -180,7 +184,7 @@ def set_environment(spec: EngineSpec) -> None:
     # In the actor's own process nothing outlives the actor; a child is kept on a leash.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(spec.engines.process == "child"))
     if spec.is_colocated:
-        os.environ["VLLM_RAY_PER_WORKER_GPUS"] = str(spec.gpu_share)
+        os.environ["VLLM_RAY_PER_WORKER_GPUS"] = str(spec.gpu_fraction)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if spec.device == "cpu":

@@ -22,15 +22,15 @@ from calm_ray.questions.translation import (
     Report,
     translate_missing,
 )
-from calm_ray.run.directory import RunDir
-from calm_ray.run.policies import BaseModel
+from calm_ray.run.directory import RunDirectory
+from calm_ray.run.policies import RunModel
 from calm_ray.run.storage import Storage
 
 TRANSLATIONS = ".translations"
 """Under `storage`, beside the runs: what was translated once serves every run."""
 
 
-def take_questions(config: Config, run: RunDir, model: BaseModel, pool: EnginePool, inputs: Inputs) -> None:
+def take_questions(config: Config, run: RunDirectory, model: RunModel, pool: EnginePool, inputs: Inputs) -> None:
     """Writes the questions to align on and those held out into the run, once; lists the rows that were left out."""
     splits: list[tuple[Literal["align", "evaluate"], Intake, list[str]]] = [
         ("align", inputs.align, config.languages),
@@ -62,7 +62,7 @@ def take_questions(config: Config, run: RunDir, model: BaseModel, pool: EnginePo
 
 
 def _translated(
-    questions: list[Question], languages: Sequence[str], config: Config, model: BaseModel, pool: EnginePool
+    questions: list[Question], languages: Sequence[str], config: Config, model: RunModel, pool: EnginePool
 ) -> tuple[list[Question], Report]:
     translator = _translator(config, model, pool)
     cache = Storage(config.storage).under(TRANSLATIONS)
@@ -81,15 +81,15 @@ def _translated(
     return [row for row in questions if id(row) not in lost], report
 
 
-def _translator(config: Config, own: BaseModel, pool: EnginePool) -> QuestionTranslator:
+def _translator(config: Config, own: RunModel, pool: EnginePool) -> QuestionTranslator:
     most = config.sampling.max_new_tokens
     if config.questions.translate == "model":
         identity = f"{own.name} {own.sha256} {BASE_POLICY} {most}"
-        batch = BATCH * len(pool.members)
-        return ModelQuestionTranslator(lambda messages: pool.writers(messages, most), identity, batch)
+        batch = BATCH * len(pool.replicas)
+        return ModelQuestionTranslator(lambda messages: pool.text_service(messages, most), identity, batch)
     # It takes the places of the training workers, which are not at work yet.
     train, gpus = config.train, 1.0 if config.device == "gpu" else 0.0
-    model = BaseModel(str(config.questions.translate))
+    model = RunModel(str(config.questions.translate))
     return Seq2SeqTranslator(model, train.most_workers, train.cpus_per_worker, gpus)
 
 

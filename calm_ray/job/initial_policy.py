@@ -7,12 +7,12 @@ from dataclasses import replace
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.job.open_run import OpenedRun, open_run
-from calm_ray.run.directory import RunDir
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.directory import RunDirectory
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.storage import Storage, storage_named
 
 
-def check_start(config: Config, run: RunDir, model: BaseModel, *, overwrite: bool = False) -> None:
+def check_start(config: Config, run: RunDirectory, model: RunModel, *, overwrite: bool = False) -> None:
     """Raises InputError unless the run that is named has a policy that this one can go on from.
 
     A run that has its copy of that policy needs the earlier run no more, if it is not overwritten.
@@ -31,7 +31,7 @@ def check_start(config: Config, run: RunDir, model: BaseModel, *, overwrite: boo
         raise InputError(f"init_from: train.lora must be as it is in {there}: {'null' if lora is None else lora}")
 
 
-def start_policy(config: Config, run: RunDir) -> Policy:
+def start_policy(config: Config, run: RunDirectory) -> Policy:
     """What round 1 starts from: the model itself, or a copy of an earlier run's last policy, made once."""
     if config.init_from is None:
         return Policy()

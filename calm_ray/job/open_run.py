@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.recipes import validated
-from calm_ray.run.directory import RunDir
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.directory import RunDirectory
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.storage import Storage, storage_named
 
 
 @dataclass(frozen=True)
 class OpenedRun:
-    run: RunDir
+    run: RunDirectory
     config: Config
 
-    def model(self) -> BaseModel:
+    def model(self) -> RunModel:
         """The model the run started from."""
         if self.run.model is None:
             raise InputError(f"{self.run.uri}: the run has not begun (no model.json)")
@@ -34,12 +34,12 @@ class OpenedRun:
         return self.run.policy(number)
 
 
-def _run_in(storage: Storage) -> RunDir:
+def _run_in(storage: Storage) -> RunDirectory:
     parent, _, name = storage.root.rpartition("/")
-    return RunDir(parent or "/", name)
+    return RunDirectory(parent or "/", name)
 
 
-def find_run(location: str) -> RunDir | None:
+def find_run(location: str) -> RunDirectory | None:
     """The run in a folder or at a URI; None where there is none."""
     run = _run_in(storage_named(location))
     return run if run.storage.exists("config.json") else None

@@ -14,13 +14,13 @@ from calm_ray.questions.reader import Intake, take_in
 from calm_ray.questions.splits import refuse_shared, split_questions
 from calm_ray.questions.subjects import of_subjects
 from calm_ray.run.model_files import check_files
-from calm_ray.run.policies import BaseModel, require_safetensors
+from calm_ray.run.policies import RunModel, require_safetensors
 from calm_ray.run.provenance import versions
 
 
 @dataclass(frozen=True)
 class Inputs:
-    model: BaseModel
+    model: RunModel
     folder: Path
     """Where the model is on this machine."""
     align: Intake
@@ -28,7 +28,7 @@ class Inputs:
     """Empty where the run has no held-out questions."""
 
 
-def prepare(config: Config, known: BaseModel | None) -> Inputs:
+def prepare(config: Config, known: RunModel | None) -> Inputs:
     """Reads and checks a run's questions, and finds its model; for the demo, pretrains the world's model once.
 
     `known` is the model of a run that is gone on with. Raises InputError for whatever a run could trip over later.
@@ -43,12 +43,12 @@ def prepare(config: Config, known: BaseModel | None) -> Inputs:
 
 
 def _prepare_files(config: Config) -> Inputs:
-    model = BaseModel(config.model)
+    model = RunModel(config.model)
     if not model.is_folder and config.model.count("/") != 1:
         raise InputError(f"model: {config.model!r} is neither a folder that exists nor a name on the hub (owner/name)")
     folder = model.local_folder(weights=False)
     if model.is_folder:
-        model = BaseModel(str(folder))  # absolute, for workers elsewhere
+        model = RunModel(str(folder))  # absolute, for workers elsewhere
         require_safetensors(folder)
     check_model(folder)
     align, evaluate = _read_questions(config, folder)
@@ -98,7 +98,7 @@ def _read_questions(config: Config, folder: Path) -> tuple[Intake, Intake]:
     )
 
 
-def _prepare_world(config: Config, known: BaseModel | None) -> Inputs:
+def _prepare_world(config: Config, known: RunModel | None) -> Inputs:
     from calm_ray.demo.generator import build_world, world_languages, world_questions
 
     foreign = [code for code in config.languages if code not in world_languages()]
@@ -115,7 +115,7 @@ def _prepare_world(config: Config, known: BaseModel | None) -> Inputs:
     if known is not None:
         return Inputs(known, known.local_folder(), align, evaluate)
     folder, sha256 = world_model(world)
-    return Inputs(BaseModel(folder.name, sha256=sha256), folder, align, evaluate)
+    return Inputs(RunModel(folder.name, sha256=sha256), folder, align, evaluate)
 
 
 def check_device(device: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from calm_ray.config import Config
 from calm_ray.core.errors import BadRow, InputError
 from calm_ray.core.rows import Question
-from calm_ray.prompts.candidates import CandidateForm
+from calm_ray.methods.candidates import candidate_form
 from calm_ray.prompts.questions import letters, prompt_text
 from calm_ray.prompts.rendering import encode_prompt
 
@@ -17,10 +17,11 @@ def candidate_check(folder: Path, config: Config) -> Callable[[Question], None] 
     """What raises BadRow for a question whose candidates the run cannot score; None where it scores no given ones."""
     from transformers import AutoTokenizer
 
-    if config.candidates is None or config.candidates.form == "samples":
+    form = candidate_form(config.candidates, config.world.seed) if config.candidates is not None else None
+    if form is None:
         return None
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    form, limit = CandidateForm(config.candidates, config.world.seed), context_tokens(folder, config)
+    limit = context_tokens(folder, config)
 
     def check(question: Question) -> None:
         candidates = form.of(question, tokenizer)

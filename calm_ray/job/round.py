@@ -9,10 +9,11 @@ from typing import Any
 
 from calm_ray.cluster.over_chunks import count_over, over_chunks
 from calm_ray.config import Config
-from calm_ray.core.console import say, step
+from calm_ray.core.console import progress_bar, say
 from calm_ray.core.rows import gold_of, rows_of
 from calm_ray.engines.generator import Decoding
 from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.requests import Answer, Sample
 from calm_ray.engines.stage_runner import over_chunks_and_languages
 from calm_ray.evaluation.from_scores import answers_of, changed_answers
 from calm_ray.evaluation.report import evaluation_report
@@ -21,8 +22,8 @@ from calm_ray.methods.calm.step import PreferenceJob
 from calm_ray.methods.calm.vote_report import sample_report
 from calm_ray.methods.dco.sampled_step import OwnCandidates
 from calm_ray.methods.dco.scoring import Scoring
-from calm_ray.run.directory import RunDir
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.directory import RunDirectory
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.training.loop import TrainJob
 from calm_ray.training.workers import train_round
@@ -36,8 +37,8 @@ COLLAPSE_NATS = 1.0
 @dataclass(frozen=True)
 class Stages:
     config: Config
-    run: RunDir
-    model: BaseModel
+    run: RunDirectory
+    model: RunModel
     pool: EnginePool
 
     @property
@@ -60,10 +61,11 @@ class Stages:
         sampling = self.config.sampling
         self.pool.load(policy)
         decoding = Decoding(sampling.completions, sampling.temperature, sampling.top_p, sampling.max_new_tokens)
+        extraction = self.config.preferences.extraction
+        request = Sample(decoding, self.config.seed, number, sampling.instruction, extraction)
         counts = over_chunks_and_languages(
-            self.pool, self.run.bad_prompts, "sample", f"round {number}: sample", self.run.questions("align"), stage,
-            self.config.languages, decoding=decoding, instruction=sampling.instruction,
-            extraction=self.config.preferences.extraction, seed=self.config.seed, round_number=number,
+            self.pool, self.run.bad_prompts, request, f"round {number}: sample", self.run.questions("align"), stage,
+            self.config.languages,
         )  # fmt: skip
         return stage.finish({**counts, "policy": policy.name, "seconds": time.monotonic() - started})
 
@@ -99,7 +101,7 @@ class Stages:
             seed=config.seed,
             round_number=number,
             world_seed=config.world.seed,
-            writers=self.pool.writers,
+            text_service=self.pool.text_service,
             max_new_tokens=config.sampling.max_new_tokens,
             context_tokens=context_tokens(self.model.local_folder(weights=False), config),
         )
@@ -120,12 +122,12 @@ class Stages:
             seed=self.config.seed,
             round_number=number,
             world_seed=self.config.world.seed,
-            writers=self.pool.writers,
+            text_service=self.pool.text_service,
             max_new_tokens=self.config.sampling.max_new_tokens,
         )
         chunks = questions.chunks()
         todo = sorted(chunks - (stage.chunks() & job.votes.chunks()))
-        with step(f"round {number}: vote and pair", len(chunks)) as progress:
+        with progress_bar(f"round {number}: vote and pair", len(chunks)) as progress:
             progress.advance(len(chunks) - len(todo))
             made: Counter[str] = Counter()
             for row in over_chunks(job, todo):
@@ -186,7 +188,7 @@ class Stages:
 
     def _train(self, job: TrainJob) -> Policy:
         warned = False
-        with step(f"round {job.round_number}: train") as progress:
+        with progress_bar(f"round {job.round_number}: train") as progress:
 
             def report(row: dict[str, Any]) -> None:
                 nonlocal warned
@@ -210,7 +212,7 @@ class Stages:
             if self.config.placement == "split":
                 return train_round(job, self.config.device, report)
             with self.pool.asleep():
-                return train_round(job, self.config.device, report, 1.0 - self.pool.spec.gpu_share)
+                return train_round(job, self.config.device, report, 1.0 - self.pool.spec.gpu_fraction)
 
     def evaluate(self, number: int, policy: Policy, start: Policy) -> None:
         """Refreshes the engines with the policy and asks it the held-out questions.
@@ -245,10 +247,9 @@ class Stages:
         self.pool.load(policy)
         refreshed = time.monotonic()
         sampling = self.config.sampling
+        request = Answer(sampling.max_new_tokens, sampling.instruction, self.config.preferences.extraction)
         over_chunks_and_languages(
-            self.pool, self.run.bad_prompts, "predict", title, questions, output, self.config.asked_languages,
-            instruction=sampling.instruction, extraction=self.config.preferences.extraction,
-            max_new_tokens=sampling.max_new_tokens,
+            self.pool, self.run.bad_prompts, request, title, questions, output, self.config.asked_languages,
         )  # fmt: skip
         report = {}
         if output.chunks():

@@ -7,10 +7,10 @@ from typing import Any
 from calm_ray.config import Config
 from calm_ray.core.console import console
 from calm_ray.evaluation.tables import percent, plain_table
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 
 
-def summarise(config: Config, run: RunDir) -> dict[str, Any]:
+def summarise(config: Config, run: RunDirectory) -> dict[str, Any]:
     """Writes summary.json for the rounds that are finished, and gathers their training metrics."""
     rounds = [entry for number in range(config.rounds + 1) if (entry := _entry(run, number)) is not None]
     summary = {"method": config.method, "seed": config.seed, "languages": config.languages, "rounds": rounds}
@@ -19,7 +19,7 @@ def summarise(config: Config, run: RunDir) -> dict[str, Any]:
     return summary
 
 
-def _entry(run: RunDir, number: int) -> dict[str, Any] | None:
+def _entry(run: RunDirectory, number: int) -> dict[str, Any] | None:
     """Round `number`: how its policy does, and what making it took; None where it is not finished.
 
     The vote is that of the samples this policy wrote, which the next round draws: null for the last round's policy.
@@ -50,13 +50,13 @@ def _entry(run: RunDir, number: int) -> dict[str, Any] | None:
     }
 
 
-def _consistency(run: RunDir, number: int) -> dict[str, Any]:
+def _consistency(run: RunDirectory, number: int) -> dict[str, Any]:
     """What only runs with candidates have: the questions trained on, and the optimal policy."""
     scored, optimal = _record(run, number, "score"), _record(run, number, "optimal")
     return ({"training": scored["report"]} if scored else {}) | ({"optimal": optimal} if optimal else {})
 
 
-def _record(run: RunDir, number: int, name: str) -> dict[str, Any]:
+def _record(run: RunDirectory, number: int, name: str) -> dict[str, Any]:
     stage = run.stage(number, name)
     return stage.record if stage.is_finished else {}
 

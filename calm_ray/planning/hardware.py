@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from calm_ray.cluster.machines import DEVICES, GB, GIB, MOST_NODES, Node, places_in, with_places
+from calm_ray.cluster.machines import DEVICES, GB, GIB, MOST_NODES, Node, slots_in, with_slots
 from calm_ray.core import safe_yaml
 from calm_ray.core.errors import InputError
 from calm_ray.core.safety import local_path
@@ -112,7 +112,7 @@ def nodes_of_launcher(path: str | Path, gpu_memory: float | None = None) -> list
         left -= counts[-1]
         ones.append(_node_of_kind(kind, str(name), field, gpu_memory))
     nodes: list[Node] = []
-    for one, count in zip(with_places(ones), counts, strict=True):
+    for one, count in zip(with_slots(ones), counts, strict=True):
         nodes += [one] * (one.name == head)
         nodes += [replace(one, name=f"{one.name} {i + 1}") for i in range(count)]
     return nodes
@@ -152,7 +152,7 @@ def _node_of_kind(kind: dict[str, Any], name: str, field: str, gpu_memory: float
     return Node(
         name, amounts.get("CPU", known.cpus), gpus, memory if gpus else None,
         int(amounts["memory"]) if "memory" in amounts else known.memory, known.gpu if gpus else None,
-        **places_in(amounts),
+        **slots_in(amounts),
     )  # fmt: skip
 
 

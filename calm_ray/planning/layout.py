@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from calm_ray.cluster.machines import DEVICES, GB, Node
-from calm_ray.cluster.resources import ENGINE_PLACE, TRAIN_PLACE, Needs, Part
+from calm_ray.cluster.resources import ENGINE_SLOT, TRAIN_SLOT, Group, Needs
 from calm_ray.config import Config
 from calm_ray.planning.memory import (
     CUDA_ALLOWANCE,
@@ -79,11 +79,11 @@ def lay_out(config: Config, shape: Shape, nodes: Sequence[Node]) -> Layout:
     """
     train = config.train
     size, on_gpu = config.engines.tensor_parallel_size, config.device == "gpu"
-    able = [node for node in nodes if (node.gpus or not on_gpu) and node.engine_places != 0]
+    able = [node for node in nodes if (node.gpus or not on_gpu) and node.engine_slots != 0]
     smallest = min((node for node in able if node.gpu_memory), key=lambda n: n.gpu_memory or 0, default=None)
     device = smallest.device if smallest else able[0].device if able else DEVICES["A100-80"]
     engine = engine_memory(config, shape, smallest.gpu_memory if smallest else None, device)
-    of_worker = [node.gpu_memory for node in nodes if node.gpus and node.gpu_memory and node.train_places != 0]
+    of_worker = [node.gpu_memory for node in nodes if node.gpus and node.gpu_memory and node.train_slots != 0]
     problems = engine_problems(config, shape, engine)
     workers = train.most_workers
     while True:
@@ -105,7 +105,7 @@ def lay_out(config: Config, shape: Shape, nodes: Sequence[Node]) -> Layout:
 def _place_all(needs: Needs, places: list[Place], host: HostMemory, engine_gpus: int) -> dict[str, int]:
     """Gives every part its place; returns how many of what have none."""
     missing: dict[str, int] = {}
-    worker = next((part for part in needs.parts if part.what == "worker"), Part("worker", 0, {}))
+    worker = next((part for part in needs.parts if part.what == "worker"), Group("worker", 0, {}))
     is_shared = engine_gpus > 0 and worker.count > 0 and not worker.takes.get("GPU")
     for part in needs.parts:
         is_engine, is_beside = part.what == "engine", part.what == "worker" and is_shared
@@ -113,7 +113,7 @@ def _place_all(needs: Needs, places: list[Place], host: HostMemory, engine_gpus:
         left = part.count
         for place, kept in _offers(places, is_shared) if is_engine else [(place, 0) for place in places]:
             most = min(left, place.engines * engine_gpus - place.beside) if is_beside else left
-            if (let_in := places_for(part.what, place.node)) is not None:
+            if (let_in := slots_for(part.what, place.node)) is not None:
                 most = min(most, let_in - place.engines * is_engine)
             once = host.node if is_engine and not place.engines else 0
             place.host += once
@@ -131,7 +131,7 @@ def _place_all(needs: Needs, places: list[Place], host: HostMemory, engine_gpus:
     return missing
 
 
-def _amounts(part: Part, host: HostMemory) -> tuple[float, int, int]:
+def _amounts(part: Group, host: HostMemory) -> tuple[float, int, int]:
     """CPUs, GPUs and bytes of the host that one of a part takes."""
     memory = {"engine": host.engine, "worker": host.worker}.get(part.what, 0)
     return part.takes.get("CPU", 0.0), int(part.takes.get("GPU", 0)), memory
@@ -143,13 +143,13 @@ def _offers(places: list[Place], is_shared: bool) -> list[tuple[Place, int]]:
     At first each keeps its places to train; engines whose GPUs workers are to share go there instead.
     """
     if is_shared:
-        return [(place, 0) for place in sorted(places, key=lambda place: -(place.node.train_places or 0))]
-    return [(place, place.node.train_places or 0) for place in places] + [(place, 0) for place in places]
+        return [(place, 0) for place in sorted(places, key=lambda place: -(place.node.train_slots or 0))]
+    return [(place, place.node.train_slots or 0) for place in places] + [(place, 0) for place in places]
 
 
-def places_for(what: str, node: Node) -> int | None:
+def slots_for(what: str, node: Node) -> int | None:
     """How many engines or workers a node lets in; None where the cluster does not say so."""
-    return {"engine": node.engine_places, "worker": node.train_places}.get(what)
+    return {"engine": node.engine_slots, "worker": node.train_slots}.get(what)
 
 
 def engine_problems(config: Config, shape: Shape, engine: EngineMemory) -> list[str]:
@@ -212,7 +212,7 @@ def _shortfall(what: str, missing: int, needs: Needs, host: HostMemory, nodes: S
     takes = next(part.takes for part in reversed(needs.parts) if part.what == what)
     memory = {"engine": host.engine + host.node, "worker": host.worker}.get(what, 0)
     each = [f"{amount:g} {name}" for name, amount in takes.items() if amount] + ([gb(memory)] if memory else [])
-    places = [most for node in nodes if (most := places_for(what, node)) is not None]
+    places = [most for node in nodes if (most := slots_for(what, node)) is not None]
     each += [f"1 {PLACE_OF[what]}"] if places else []
     wants = ", ".join(f"{amount:g} {name}" for name, amount in needs.total.items() if amount)
     known = [node.memory for node in nodes if node.memory is not None]
@@ -226,7 +226,7 @@ def _shortfall(what: str, missing: int, needs: Needs, host: HostMemory, nodes: S
 
 
 NAMES = {"engine": "engines", "worker": "training workers"}
-PLACE_OF = {"engine": ENGINE_PLACE, "worker": TRAIN_PLACE}
+PLACE_OF = {"engine": ENGINE_SLOT, "worker": TRAIN_SLOT}
 """The resources of Ray's that say where each may go."""
 
 

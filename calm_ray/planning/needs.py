@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calm_ray.cluster.resources import DATA_CPUS, Needs, Part
+from calm_ray.cluster.resources import DATA_CPUS, Group, Needs
 from calm_ray.config import Config
 
 
@@ -16,11 +16,11 @@ def needs_of(config: Config, training: bool = True, workers: int | None = None) 
     size = engines.tensor_parallel_size
     count = engines.count(config.languages)
     takes = {"CPU": engines.cpus if size == 1 else float(size), "GPU": float(size * gpus)}
-    parts = [Part("engine", count, takes)]
+    parts = [Group("engine", count, takes)]
     if training:
         workers = config.train.most_workers if workers is None else workers
         cpus, own = config.train.cpus_per_worker, config.placement == "split"
-        parts += [Part("worker", workers, {"CPU": cpus, "GPU": float(gpus and own)})]
+        parts += [Group("worker", workers, {"CPU": cpus, "GPU": float(gpus and own)})]
         spare = DATA_CPUS - workers * cpus
-        parts += [Part("data task", 1, {"CPU": spare})] if spare > 0 else []
+        parts += [Group("data task", 1, {"CPU": spare})] if spare > 0 else []
     return Needs(parts)

@@ -12,7 +12,7 @@ from calm_ray.core.rows import Question
 from calm_ray.core.sections import WORLD
 from calm_ray.planning.memory import BYTES, FLOAT32, context_of
 from calm_ray.planning.model_shape import Shape
-from calm_ray.run.policies import BaseModel
+from calm_ray.run.policies import RunModel
 
 PROMPT_TOKENS = 256
 """Assumed of a prompt where the questions cannot be read."""
@@ -185,7 +185,7 @@ def _disk(config: Config, shape: Shape, completions: int, pairs: int, prompt: in
 
 def _cache(config: Config, shape: Shape) -> dict[str, int]:
     """Bytes on a node's own disk: its copies, and a checkpoint on its way to or from the storage."""
-    is_copied = config.model == WORLD or not BaseModel(config.model).is_folder
+    is_copied = config.model == WORLD or not RunModel(config.model).is_folder
     is_merged = config.engines.refresh == "merged" and config.train.lora is not None
     whole = BYTES["bfloat16"] * shape.parameters
     policy, checkpoint = _trained(config, shape)

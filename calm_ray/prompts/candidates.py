@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from calm_ray.core.errors import BadRow
 from calm_ray.core.languages import LANGUAGES
 from calm_ray.core.rows import CandidateSet, Question
-from calm_ray.core.sections import Candidates
-from calm_ray.prompts.questions import LETTERS, letters, prompt_text, question_text
+from calm_ray.prompts.questions import LETTERS, letters, question_text
 from calm_ray.prompts.rendering import encode_prompt, plain_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MASK = "<mask>"
 """What stands in a cloze for its answer."""
@@ -33,26 +33,25 @@ class Asked:
 
 @dataclass(frozen=True)
 class CandidateForm:
-    """How candidates are made of questions; `world_seed` is for the demo world, whose answers it writes out."""
+    """How candidates are made of questions. Picklable."""
 
-    settings: Candidates
-    world_seed: int = 0
+    write: Callable[[Question], Asked]
+    chat: bool = False
+    """Whether the question is asked in the model's chat template."""
 
     def of(self, question: Question, tokenizer: PreTrainedTokenizerBase) -> CandidateSet:
         """Raises BadRow where a candidate is no token, or two are the same."""
-        form = self.settings.form
-        write = _written_out(self.world_seed) if form == "world" else FORMS[form]
-        return tokenized(question, write(question), tokenizer, chat=self.settings.chat)
+        return tokenized(question, self.write(question), tokenizer, chat=self.chat)
 
 
-def _letters(question: Question) -> Asked:
+def as_letters(question: Question) -> Asked:
     """The question with its lettered choices, and the answer's marker; a letter follows."""
     language = LANGUAGES[question["language"]]
     own = list(letters(question))
     return Asked(f"{question_text(question)}\n{language.answer}", own, [f"{language.space}{one}" for one in own])
 
 
-def _choices(question: Question) -> Asked:
+def as_choices(question: Question) -> Asked:
     """The question, or what stands before a cloze's mask; a choice follows, and what stands behind the mask."""
     before, mask, after = question["text"].partition(MASK)
     space = before[len(before.rstrip()) :] if mask else LANGUAGES[question["language"]].space
@@ -60,22 +59,8 @@ def _choices(question: Question) -> Asked:
     return Asked(before.rstrip(), list(question["choices"]), texts)
 
 
-FORMS: dict[str, Callable[[Question], Asked]] = {"letters": _letters, "choices": _choices}
+FORMS: dict[str, Callable[[Question], Asked]] = {"letters": as_letters, "choices": as_choices}
 """The forms that need nothing but the question."""
-
-
-@cache
-def _written_out(seed: int) -> Callable[[Question], Asked]:
-    """The demo world's answers: the statement that would make a choice right, and its letter."""
-    from calm_ray.demo.generator import build_world
-
-    world = build_world(seed)
-
-    def write(question: Question) -> Asked:
-        texts = world.answers(question)
-        return Asked(prompt_text(question, instruction=False), texts, texts)
-
-    return write
 
 
 def tokenized(question: Question, asked: Asked, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> CandidateSet:

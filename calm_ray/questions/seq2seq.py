@@ -23,7 +23,7 @@ from calm_ray.core.errors import InputError
 from calm_ray.core.languages import LANGUAGES, language_code
 from calm_ray.core.rows import rows_of, table
 from calm_ray.questions.translation import BATCH, Answer, Request, Wording, check_codes, lines_of, with_lines
-from calm_ray.run.policies import BaseModel, require_safetensors
+from calm_ray.run.policies import RunModel, require_safetensors
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _unknown(model: str, language: str, side: str) -> InputError:
 class Seq2SeqModel:
     """The model in this process. Greedy or beam search, as its generation configuration says; never sampled."""
 
-    def __init__(self, model: BaseModel, device: str, max_new_tokens: int, lines_per_batch: int = 64) -> None:
+    def __init__(self, model: RunModel, device: str, max_new_tokens: int, lines_per_batch: int = 64) -> None:
         folder = model.local_folder()
         require_safetensors(folder)
         self._name, self._max_new_tokens, self._lines_per_batch = model.name, max_new_tokens, lines_per_batch
@@ -197,7 +197,7 @@ class _Translate:
 class Seq2SeqTranslator:
     """A `QuestionTranslator`: a model by its name on the hub or its folder, in `actors` actors."""
 
-    model: BaseModel
+    model: RunModel
     actors: int = 1
     cpus: float = 1.0
     gpus: float = 0.0

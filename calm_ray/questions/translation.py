@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypedDict, cast
 
-from calm_ray.core.console import say, step
+from calm_ray.core.console import progress_bar, say
 from calm_ray.core.errors import InputError
 from calm_ray.core.languages import LANGUAGES
 from calm_ray.core.rows import Question, rows_of, table
@@ -151,7 +151,7 @@ def _answers(
     if not unknown:
         return answers, cached
     failed, fresh = 0, defaultdict[str, list[Answer]](list)
-    with step("translate questions", len(unknown)) as progress:
+    with progress_bar("translate questions", len(unknown)) as progress:
         for request, wording in translator.translate(unknown):
             answers[request] = wording
             failed += wording is None

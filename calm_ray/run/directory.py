@@ -32,7 +32,7 @@ from calm_ray.core.errors import InputError
 from calm_ray.run.bad_prompts import FILE as BAD_PROMPTS
 from calm_ray.run.bad_prompts import BadPrompts
 from calm_ray.run.invalidation import PARTS_OF, STEPS_OF_A_ROUND, Step, differences, earliest, invalid_stages
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 
@@ -54,7 +54,7 @@ def _path(stage: tuple[int, str]) -> str:
     return f"rounds/{number}/{name}"
 
 
-class RunDir:
+class RunDirectory:
     """STORAGE/NAME."""
 
     def __init__(self, storage: str, name: str) -> None:
@@ -189,7 +189,7 @@ class RunDir:
         folder = f"rounds/{policy.round}/train/policy" if policy.round else "start"
         return replace(policy, location=self.storage.uri(folder))
 
-    def share_model(self, model: BaseModel, folder: Path) -> BaseModel:
+    def share_model(self, model: RunModel, folder: Path) -> RunModel:
         """Notes the run's model, once, as every node can get it: the demo's is put into the run."""
         if self.model is not None:
             return self.model
@@ -200,11 +200,11 @@ class RunDir:
         return model
 
     @property
-    def model(self) -> BaseModel | None:
+    def model(self) -> RunModel | None:
         """The model that the run started from; None before it has one."""
         if not self.storage.exists("model.json"):
             return None
-        model = BaseModel(**self._read("model.json"))
+        model = RunModel(**self._read("model.json"))
         return replace(model, location=self.storage.uri("model")) if model.location else model
 
     def _read(self, name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 
 from calm_ray.run.model_files import model_files
-from calm_ray.run.policies import BaseModel, Policy, cache_folder, node_lock
+from calm_ray.run.policies import Policy, RunModel, cache_folder, node_lock
 
 
 def merge(model: Path, adapter: Path, target: Path) -> None:
@@ -25,7 +25,7 @@ def merge(model: Path, adapter: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def merged_folder(model: BaseModel, policy: Policy) -> Path:
+def merged_folder(model: RunModel, policy: Policy) -> Path:
     """A policy's whole weights on this node: merged once, for all engines of the node."""
     if policy.kind == "base":
         return model.local_folder()

@@ -61,7 +61,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class RunModel:
     """The model of a run. A folder or hub name is used as it is; the demo's model travels through the run's storage."""
 
     name: str

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from calm_ray.core.console import say, step
-from calm_ray.run.directory import RunDir
+from calm_ray.core.console import progress_bar, say
+from calm_ray.run.directory import RunDirectory
 from calm_ray.run.invalidation import follows
 from calm_ray.run.policies import Policy
 from calm_ray.run.stage import Stage
@@ -12,7 +12,7 @@ TOGETHER = {"votes": "pairs"}
 """Chunks that are written together with those of another stage."""
 
 
-def mend(run: RunDir) -> None:
+def mend(run: RunDirectory) -> None:
     """Takes out of the run's manifests what is not as it was written, and says so; whole files are left alone."""
     stages = run.all_stages()
     for stage in stages.values():
@@ -20,7 +20,7 @@ def mend(run: RunDir) -> None:
     files = sum(len(stage.names()) for stage in stages.values())
     if not files:
         return
-    with step("check what is there", files) as progress:
+    with progress_bar("check what is there", files) as progress:
         flawed = {name: stage.flawed(progress.advance) for name, stage in stages.items()}
     for name, files_of in flawed.items():
         if not files_of:
@@ -37,14 +37,14 @@ def mend(run: RunDir) -> None:
             _forget_begun_training(run, int(number))
 
 
-def _forget_begun_training(run: RunDir, number: int) -> None:
+def _forget_begun_training(run: RunDirectory, number: int) -> None:
     """A training that had begun on pairs that are made again, and may come out otherwise, begins again."""
     stage = run.stage(number, "train")
     if not stage.storage.exists("policy.json"):
         stage.storage.delete("")
 
 
-def _mend_training(run: RunDir, number: int, stage: Stage, flawed: list[str]) -> None:
+def _mend_training(run: RunDirectory, number: int, stage: Stage, flawed: list[str]) -> None:
     """A lost policy is trained again, if nothing came after it; what led to it is not needed any more."""
     if not stage.is_finished:
         stage.forget(flawed)

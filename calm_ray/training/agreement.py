@@ -13,7 +13,7 @@ from calm_ray.core.rows import Margin
 from calm_ray.training.batches import Example, Key
 
 
-class Preferred:
+class Agreement:
     """What the workers saw since it was last noted: whether the first side of a pair is the likelier one."""
 
     def __init__(self) -> None:

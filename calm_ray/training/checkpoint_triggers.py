@@ -9,16 +9,16 @@ from collections.abc import Callable, Set
 import torch
 import torch.distributed as dist
 
-Doomed = Callable[[], Set[str]]
+PreemptedNodes = Callable[[], Set[str]]
 """The machines that will be taken away. Every worker asks after every step, and all get the same answer."""
 
 
-def none_doomed() -> Set[str]:
+def none_preempted() -> Set[str]:
     return frozenset()
 
 
-class Notices:
-    def __init__(self, doomed: Doomed) -> None:
+class PreemptionNotices:
+    def __init__(self, doomed: PreemptedNodes) -> None:
         self._doomed = doomed
         self._known: Set[str] = frozenset()
 

@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor
 from calm_ray.config import Objective
 from calm_ray.core.rows import Margin, Pair, rows_of
 from calm_ray.core.sections import Train
-from calm_ray.run.policies import BaseModel, Policy, publish
+from calm_ray.run.policies import Policy, RunModel, publish
 from calm_ray.run.stage import Stage
 from calm_ray.training import checkpoint
-from calm_ray.training.agreement import Preferred
+from calm_ray.training.agreement import Agreement
 from calm_ray.training.batches import Example, Key, epoch_order, example_of, is_validation, pack, worker_packs
 from calm_ray.training.checkpoint import Position
-from calm_ray.training.checkpoint_triggers import Doomed, Notices, Timer, none_doomed
+from calm_ray.training.checkpoint_triggers import PreemptedNodes, PreemptionNotices, Timer, none_preempted
 from calm_ray.training.model import PolicyModel
 from calm_ray.training.objectives import dco_losses, dpo_losses, learning_rate_factor, sft_losses
 from calm_ray.training.reference import Portion, margins_of, margins_once
@@ -36,7 +36,7 @@ class TrainJob:
 
     pairs: Stage
     output: Stage
-    model: BaseModel
+    model: RunModel
     start: Policy
     """What the round starts from."""
     reference: Policy
@@ -61,7 +61,9 @@ Report = Callable[[dict[str, Any]], None]
 """Takes a step's metrics; called on the first worker only."""
 
 
-def train_policy(job: TrainJob, device: torch.device, report: Report, doomed: Doomed = none_doomed) -> Policy:
+def train_policy(
+    job: TrainJob, device: torch.device, report: Report, doomed: PreemptedNodes = none_preempted
+) -> Policy:
     """Trains one round and writes its margins, metrics and policy. Called by every worker of the process group.
 
     Goes on from the newest whole checkpoint that an earlier attempt left, with any number of workers; writes one every
@@ -105,15 +107,17 @@ def read_examples(job: TrainJob) -> tuple[list[Example], list[Example], int]:
 class Trainer:
     """The state of one round's training on one worker."""
 
-    def __init__(self, job: TrainJob, policy_model: PolicyModel, report: Report, doomed: Doomed = none_doomed) -> None:
+    def __init__(
+        self, job: TrainJob, policy_model: PolicyModel, report: Report, doomed: PreemptedNodes = none_preempted
+    ) -> None:
         self.job = job
         self.policy_model = policy_model
         self.report = report
-        self.notices = Notices(doomed)
+        self.notices = PreemptionNotices(doomed)
         self.timer = Timer(job.checkpoint_seconds, policy_model.device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.margins: dict[Key, Margin] = {}
-        self.preferred = Preferred() if job.objective == "dco" else None
+        self.preferred = Agreement() if job.objective == "dco" else None
         self.metrics: list[dict[str, Any]] = []
         self._saved_step = 0
 

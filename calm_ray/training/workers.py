@@ -20,7 +20,7 @@ from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, 
 from ray.train.torch import TorchTrainer
 
 from calm_ray.cluster.connection import WAIT_SECONDS, free_resources, on_this_node
-from calm_ray.cluster.resources import TRAIN_PLACE
+from calm_ray.cluster.resources import TRAIN_SLOT
 from calm_ray.core.console import say
 from calm_ray.core.errors import CalmRayError, InputError
 from calm_ray.core.sections import Train
@@ -116,12 +116,12 @@ def _scaling(train: Train, device: str, gpus_per_worker: float) -> ScalingConfig
     """
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": gpus_per_worker} if device == "gpu" else {})
     most = ray_state.get_max_resources_from_cluster_config() or {}
-    if TRAIN_PLACE in ray.cluster_resources() or most.get(TRAIN_PLACE):
-        resources[TRAIN_PLACE] = 1.0
+    if TRAIN_SLOT in ray.cluster_resources() or most.get(TRAIN_SLOT):
+        resources[TRAIN_SLOT] = 1.0
     elif train.is_elastic:
         raise InputError(
             "train.workers: [least, most] needs a cluster that says where workers may come and go: start each node "
-            f"that is to train with `ray start --resources '{{\"{TRAIN_PLACE}\": 8}}'`, the number of workers it has "
+            f"that is to train with `ray start --resources '{{\"{TRAIN_SLOT}\": 8}}'`, the number of workers it has "
             "room for; or give train.workers one number"
         )
     return ScalingConfig(
@@ -223,8 +223,8 @@ def _describe(row: dict[str, Any]) -> str:
 
 
 def _free_places() -> str:
-    places = ray.cluster_resources().get(TRAIN_PLACE)
-    return f", {ray.available_resources().get(TRAIN_PLACE, 0):g} of {places:g} {TRAIN_PLACE}" if places else ""
+    places = ray.cluster_resources().get(TRAIN_SLOT)
+    return f", {ray.available_resources().get(TRAIN_SLOT, 0):g} of {places:g} {TRAIN_SLOT}" if places else ""
 
 
 @contextmanager

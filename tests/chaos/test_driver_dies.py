@@ -16,7 +16,7 @@ import pytest
 from small_runs import MOMENTS
 
 from calm_ray.core.rows import rows_of
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["0/evaluate", "1/sample", "1/pairs", "1/train", "1/evaluate"]
@@ -48,7 +48,7 @@ def shared_memory() -> set[str]:
     return {file.name for file in Path("/dev/shm").iterdir()}
 
 
-def files_of(run: RunDir) -> dict[str, tuple[int, bytes]]:
+def files_of(run: RunDirectory) -> dict[str, tuple[int, bytes]]:
     """The chunks that are entered in a manifest: when each was written, and what."""
     found = {}
     for name, stage in run.all_stages().items():
@@ -58,7 +58,7 @@ def files_of(run: RunDir) -> dict[str, tuple[int, bytes]]:
     return found
 
 
-def ids_of(run: RunDir) -> set[tuple[str, str, int, str]]:
+def ids_of(run: RunDirectory) -> set[tuple[str, str, int, str]]:
     rows = rows_of(run.stage(1, "sample").read())
     ids = [(row["question_id"], row["language"], row["sample"], row["policy"]) for row in rows]
     assert len(ids) == len(set(ids))
@@ -71,7 +71,7 @@ def without_seconds(summary: Any) -> Any:
     return [without_seconds(value) for value in summary] if isinstance(summary, list) else summary
 
 
-def wait_for(run: RunDir, stage: str, chunks: int, job: subprocess.Popen[str]) -> None:
+def wait_for(run: RunDirectory, stage: str, chunks: int, job: subprocess.Popen[str]) -> None:
     """Until a stage holds so many chunks, or training so many checkpoints."""
     number, name = stage.split("/")
     watched = run.stage(int(number), name)
@@ -93,7 +93,7 @@ def recipe(make_recipe: Callable[..., Path], storage: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe: Path, storage: Path) -> RunDir:
+def undisturbed(recipe: Path, storage: Path) -> RunDirectory:
     """A run that nothing happens to; and nothing of it is left when it has ended."""
     before = shared_memory()
     job = start(recipe)
@@ -104,16 +104,18 @@ def undisturbed(recipe: Path, storage: Path) -> RunDir:
     assert job.returncode == 0, job.communicate()[0]
     assert left_over(processes) == []
     assert shared_memory() <= before
-    return RunDir(str(storage), "undisturbed")
+    return RunDirectory(str(storage), "undisturbed")
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("moment", range(MOMENTS))
-def test_a_driver_that_is_killed_in_every_stage(undisturbed: RunDir, recipe: Path, storage: Path, moment: int) -> None:
+def test_a_driver_that_is_killed_in_every_stage(
+    undisturbed: RunDirectory, recipe: Path, storage: Path, moment: int
+) -> None:
     """One run, killed in each of its stages in turn, and gone on with at once each time."""
     rng = random.Random(moment)
     name = f"killed-{moment}"
-    run, killed = RunDir(str(storage), name), []
+    run, killed = RunDirectory(str(storage), name), []
     for stage in STAGES:
         job = start(recipe, f"name={name}")
         wait_for(run, stage, rng.randint(1, 3) if stage != "1/train" else 1, job)
@@ -136,10 +138,10 @@ def test_a_driver_that_is_killed_in_every_stage(undisturbed: RunDir, recipe: Pat
 @pytest.mark.chaos
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(
-    undisturbed: RunDir, recipe: Path, storage: Path, end: signal.Signals
+    undisturbed: RunDirectory, recipe: Path, storage: Path, end: signal.Signals
 ) -> None:
     before, name = shared_memory(), f"interrupted-{end.name}"
-    run = RunDir(str(storage), name)
+    run = RunDirectory(str(storage), name)
     job = start(recipe, f"name={name}")
     wait_for(run, "1/sample", 1, job)
     processes = family(job)
@@ -157,7 +159,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(
     assert ids_of(run) == ids_of(undisturbed)
 
 
-def test_a_damaged_run_makes_again_what_is_damaged(undisturbed: RunDir, recipe: Path, storage: Path) -> None:
+def test_a_damaged_run_makes_again_what_is_damaged(undisturbed: RunDirectory, recipe: Path, storage: Path) -> None:
     """A torn chunk of each kind, a gone one, a truncated manifest and half an adapter, all at once."""
     kept = files_of(undisturbed)
     folder = Path(undisturbed.storage.path())

@@ -21,11 +21,12 @@ from calm_ray.engines.dispatcher import Dispatcher
 from calm_ray.engines.generator import Decoding
 from calm_ray.engines.health import Health
 from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.requests import Sample
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.tasks import ChunkTask
 from calm_ray.questions.reader import write_chunks
-from calm_ray.run.directory import RunDir
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.directory import RunDirectory
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 
 ENGINES = 3
@@ -33,14 +34,14 @@ LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"])
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, question_files: tuple[Path, Path]) -> RunDir:
-    run = RunDir(str(tmp_path_factory.mktemp("storage")), "chaos")
+def run(tmp_path_factory: pytest.TempPathFactory, question_files: tuple[Path, Path]) -> RunDirectory:
+    run = RunDirectory(str(tmp_path_factory.mktemp("storage")), "chaos")
     write_chunks(read_questions(str(question_files[0]), LANGUAGES), run.questions("align"), prompts_per_chunk=4)
     return run
 
 
 @pytest.fixture(scope="module")
-def policy(babbler: Path, run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Policy:
+def policy(babbler: Path, run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Policy:
     """An adapter: an engine that is started again has the base model at first."""
     return make_adapter(babbler, tmp_path_factory.mktemp("adapter") / "1", run, 1, LORA)
 
@@ -54,21 +55,21 @@ def pool(request: pytest.FixtureRequest, ray_8_cpus: None, babbler: Path, policy
         shared=ENGINES, cpus=0.5, min_engines=ENGINES, process=request.param, max_restarts=20,
         args={"max_model_len": 128, "max_num_seqs": 16},
     )  # fmt: skip
-    spec = EngineSpec(BaseModel(str(babbler)), settings, LORA, "cpu", seed=0)
+    spec = EngineSpec(RunModel(str(babbler)), settings, LORA, "cpu", seed=0)
     with EnginePool(spec, LANGUAGES, print) as pool:
         pool.load(policy)
         yield pool
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pool: EnginePool, run: RunDir) -> set[tuple[str, str, int]]:
+def undisturbed(pool: EnginePool, run: RunDirectory) -> set[tuple[str, str, int]]:
     output = Stage(run.storage.under("undisturbed"))
     for _ in sampling(pool, run, output):
         pass
     return set(ids_of(output))
 
 
-def sampling(pool: EnginePool, run: RunDir, output: Stage) -> Iterator[ChunkTask]:
+def sampling(pool: EnginePool, run: RunDirectory, output: Stage) -> Iterator[ChunkTask]:
     questions = run.questions("align")
     tasks = [
         ChunkTask(questions, output, chunk, code, pool.policy)
@@ -77,7 +78,7 @@ def sampling(pool: EnginePool, run: RunDir, output: Stage) -> Iterator[ChunkTask
     ]
     decoding = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=40)
     work = Dispatcher(tasks, most_bad=0)
-    for task, _ in pool.run("sample", work, decoding=decoding, instruction=False, seed=0, round_number=1):
+    for task, _ in pool.run(Sample(decoding, seed=0, round_number=1, instruction=False), work):
         yield task
     assert work.bad == []
 
@@ -109,8 +110,8 @@ def engine_processes(pool: EnginePool) -> list[psutil.Process]:
     ],
 )
 def test_a_killed_engine_loses_nothing(
-    pool: EnginePool, run: RunDir, undisturbed: set[tuple[str, str, int]], policy: Policy, when: str, victims: int,
-    moment: int,
+    pool: EnginePool, run: RunDirectory, undisturbed: set[tuple[str, str, int]], policy: Policy, when: str,
+    victims: int, moment: int,
 ) -> None:  # fmt: skip
     rng = random.Random(f"{when} {victims} {moment}")
     output = Stage(run.storage.under(f"{pool.spec.engines.process}/{when}-{victims}-{moment}"))

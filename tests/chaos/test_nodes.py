@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from small_runs import MOMENTS
 
 from calm_ray.core.rows import rows_of
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 ENGINE_CPUS = 3
@@ -59,7 +59,7 @@ def test_machines_that_leave_and_come(
         name="nodes", storage=str(tmp_path), sampling={"prompts_per_chunk": 2},
         engines={"shared": 2, "cpus": ENGINE_CPUS}, train={"checkpoint_steps": 2, "cpus_per_worker": 1},
     )  # fmt: skip
-    run = RunDir(str(tmp_path), "nodes")
+    run = RunDirectory(str(tmp_path), "nodes")
     command = [sys.executable, str(ROOT / "jobs" / "calm.py"), str(recipe)]
     environment = {**os.environ, "RAY_ADDRESS": cluster.address}
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -16,7 +16,7 @@ from calm_ray.cli import main
 from calm_ray.core.rows import Question, rows_of
 from calm_ray.prompts.questions import prompt_text
 from calm_ray.prompts.rendering import encode_prompt
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 
 pytestmark = pytest.mark.chaos
 
@@ -41,10 +41,10 @@ def read(file: Path) -> list[Question]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def run_of(make_recipe: Callable[..., Path], storage: Path, name: str, **engines: Any) -> tuple[RunDir, int]:
+def run_of(make_recipe: Callable[..., Path], storage: Path, name: str, **engines: Any) -> tuple[RunDirectory, int]:
     args = {"logits_processors": [NAME], "max_num_seqs": 64, "max_num_batched_tokens": 256}
     recipe = make_recipe(name=name, storage=str(storage), engines={"args": args, **engines})
-    return RunDir(str(storage), name), main(["align", str(recipe)])
+    return RunDirectory(str(storage), name), main(["align", str(recipe)])
 
 
 def test_a_prompt_that_ends_every_engine_is_isolated_and_the_run_completes(

@@ -10,7 +10,7 @@ import pytest
 
 from calm_ray.cli import main
 from calm_ray.core.rows import rows_of
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 
 
 def mount(*options: str) -> None:
@@ -39,7 +39,7 @@ def test_a_full_disk_ends_the_run_with_one_error_and_loses_nothing(
     assert "could not be written: No space left on device" in said
     assert "the same command goes on" in said
     assert "Traceback" not in said
-    run = RunDir(str(small_disk), "full")
+    run = RunDirectory(str(small_disk), "full")
     there = {name: stage.chunks() for name, stage in run.all_stages().items()}
     assert any(there.values())
     before = {

@@ -22,10 +22,10 @@ from factories import pairs_stage, tiny_model
 from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 
-from calm_ray.cluster.resources import TRAIN_PLACE
+from calm_ray.cluster.resources import TRAIN_SLOT
 from calm_ray.core.errors import InputError, StorageError
 from calm_ray.core.sections import Train
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.training import workers
@@ -52,7 +52,7 @@ def job_of(inputs: Path, output: Path, **changes: Any) -> TrainJob:
         **changes,
     }  # fmt: skip
     pairs, stage, base = Stage(Storage(str(inputs / "pairs"))), Stage(Storage(str(output))), Policy()
-    return TrainJob(pairs, stage, BaseModel(str(inputs / "model")), base, base, Train(**settings), "dpo", 0, 1)
+    return TrainJob(pairs, stage, RunModel(str(inputs / "model")), base, base, Train(**settings), "dpo", 0, 1)
 
 
 def metrics(output: Path) -> Rows:
@@ -178,7 +178,7 @@ def start_cluster() -> Cluster:
 
 
 def add_place(cluster: Cluster) -> Any:
-    return cluster.add_node(num_cpus=1, resources={TRAIN_PLACE: 1})
+    return cluster.add_node(num_cpus=1, resources={TRAIN_SLOT: 1})
 
 
 def drain(cluster: Cluster, node: Any) -> None:
@@ -201,7 +201,7 @@ def train_on_a_drained_node(inputs: Path, output: Path) -> None:
 
     def busy_node() -> Any:
         free = available_resources_per_node()
-        (node,) = (node for node in nodes if not free[node.node_id].get(TRAIN_PLACE))
+        (node,) = (node for node in nodes if not free[node.node_id].get(TRAIN_SLOT))
         return node
 
     watch = Watch(5, lambda: drain(cluster, busy_node()))

@@ -12,7 +12,7 @@ import pytest
 
 from calm_ray.comparison.main import main
 from calm_ray.core.rows import rows_of
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 METHODS = ["base", "sft", "calm", "dpo_gold→dco"]
@@ -57,12 +57,14 @@ def test_every_method_has_a_row_and_a_run(output: str, storage: Path) -> None:
     words = [line.split() for line in table_of(output)]
     assert [next(line for line in words if line[:1] == [row["method"].split()[0]]) for row in rows]
     for name in ("sft", "calm", "dpo_gold", "dpo_gold-dco"):
-        run = RunDir(str(storage), f"t1-{name}")
+        run = RunDirectory(str(storage), f"t1-{name}")
         assert run.storage.read_json("finished.json") == {"engine_starts": 1, "engines": 1}
 
 
 def test_what_is_the_same_was_done_once(output: str, storage: Path) -> None:
-    sft, calm, dpo, chain = (RunDir(str(storage), f"t1-{name}") for name in ("sft", "calm", "dpo_gold", "dpo_gold-dco"))
+    sft, calm, dpo, chain = (
+        RunDirectory(str(storage), f"t1-{name}") for name in ("sft", "calm", "dpo_gold", "dpo_gold-dco")
+    )
     expected = {
         calm.stage(1, "sample"): sft.stage(1, "sample"),
         **{run.questions("align"): sft.questions("align") for run in (calm, dpo, chain)},
@@ -79,7 +81,7 @@ def test_what_is_the_same_was_done_once(output: str, storage: Path) -> None:
 
 
 def test_dco_goes_on_from_the_policy_of_dpo_under_its_name_there(output: str, storage: Path) -> None:
-    dpo, chain = RunDir(str(storage), "t1-dpo_gold"), RunDir(str(storage), "t1-dpo_gold-dco")
+    dpo, chain = RunDirectory(str(storage), "t1-dpo_gold"), RunDirectory(str(storage), "t1-dpo_gold-dco")
     start = chain.start
     assert start is not None
     assert start.sha256 == dpo.stage(1, "train").record["policy"]["sha256"]

@@ -15,7 +15,7 @@ from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import rows_of
 from calm_ray.rounds import align
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 from calm_ray.run.stage import Stage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 
@@ -81,11 +81,11 @@ def recipe(folder: Path) -> Callable[..., Config]:
     return make
 
 
-def pairs_of(run: RunDir, number: int) -> list[dict[str, Any]]:
+def pairs_of(run: RunDirectory, number: int) -> list[dict[str, Any]]:
     return rows_of(run.stage(number, "pairs").read())
 
 
-def loss_of_targets(run: RunDir, number: int) -> float:
+def loss_of_targets(run: RunDirectory, number: int) -> float:
     """A round's first loss, of all its pairs; which is their mean target, since the policy is its reference there."""
     lines = [json.loads(line) for line in run.storage.read("metrics.jsonl").splitlines()]
     loss = next(float(row["train/loss"]) for row in lines if row["round"] == number and row.get("step") == 1)
@@ -103,12 +103,12 @@ def policies_in(stage: Stage) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(recipe: Callable[..., Config]) -> RunDir:
+def finished(recipe: Callable[..., Config]) -> RunDirectory:
     """Two rounds with LoRA, and engines that take adapters."""
     return align(recipe("finished", rounds=2))
 
 
-def test_the_first_loss_of_a_round_is_the_mean_of_its_targets(finished: RunDir) -> None:
+def test_the_first_loss_of_a_round_is_the_mean_of_its_targets(finished: RunDirectory) -> None:
     losses = [loss_of_targets(finished, number) for number in (1, 2)]
     # All pairs are drawn, so that the same is counted of the candidates before anything is trained.
     before = finished.summary["rounds"][0]["optimal"]["training"]["margin_distance"]
@@ -116,7 +116,7 @@ def test_the_first_loss_of_a_round_is_the_mean_of_its_targets(finished: RunDir) 
     assert losses[1] != losses[0]
 
 
-def test_a_target_is_the_other_languages_margin_under_the_reference(finished: RunDir) -> None:
+def test_a_target_is_the_other_languages_margin_under_the_reference(finished: RunDirectory) -> None:
     """As the engines scored it for the pairs, and as the trainer scores it by itself."""
     scored = scored_in(finished.stage(0, "score"))
     margins = rows_of(finished.stage(1, "train").storage.read_table("margins.parquet"))
@@ -132,7 +132,7 @@ def test_a_target_is_the_other_languages_margin_under_the_reference(finished: Ru
         )
 
 
-def test_each_round_is_measured_against_the_policy_before_and_nothing_is_scored_twice(finished: RunDir) -> None:
+def test_each_round_is_measured_against_the_policy_before_and_nothing_is_scored_twice(finished: RunDirectory) -> None:
     names = [entry["policy"] for entry in finished.summary["rounds"]]
     assert len(set(names)) == 3
     for number in (1, 2):
@@ -147,12 +147,12 @@ def test_each_round_is_measured_against_the_policy_before_and_nothing_is_scored_
             assert policies_in(finished.stage(number, part)) == {name}
 
 
-def test_training_brings_the_policy_towards_the_optimal_one(finished: RunDir) -> None:
+def test_training_brings_the_policy_towards_the_optimal_one(finished: RunDirectory) -> None:
     before, after = (entry["optimal"]["training"] for entry in finished.summary["rounds"][:2])
     assert after["margin_distance"] < 0.7 * before["margin_distance"]
 
 
-def test_the_summary_holds_what_dco_reports(finished: RunDir) -> None:
+def test_the_summary_holds_what_dco_reports(finished: RunDirectory) -> None:
     summary = finished.summary
     assert summary["method"] == "dco"
     figures = {"accuracy", "accuracy_mean", "consistency", "ac3", "rankc", "rankc_mean", "rankc_en", "top1", "entropy"}
@@ -168,7 +168,7 @@ def test_the_summary_holds_what_dco_reports(finished: RunDir) -> None:
     assert [entry["pairs"] for entry in summary["rounds"]] == [0, 96, 96]
 
 
-def test_a_run_that_lost_pairs_makes_the_same_ones_again(finished: RunDir, recipe: Callable[..., Config]) -> None:
+def test_a_run_that_lost_pairs_makes_the_same_ones_again(finished: RunDirectory, recipe: Callable[..., Config]) -> None:
     pairs = finished.stage(2, "pairs")
     before, files = pairs_of(finished, 2), sorted(pairs.chunks())
     assert files == ["00000", "00001"]
@@ -232,12 +232,12 @@ def test_without_rounds_the_optimal_policy_is_shown(recipe: Callable[..., Config
 
 
 @pytest.fixture(scope="module")
-def earlier(recipe: Callable[..., Config]) -> RunDir:
+def earlier(recipe: Callable[..., Config]) -> RunDirectory:
     """A run of DPO on the right candidates, in three languages."""
     return align(recipe("earlier", method="dpo_gold", languages=LANGUAGES))
 
 
-def test_gold_answers_are_chosen_over_the_other_candidates(earlier: RunDir) -> None:
+def test_gold_answers_are_chosen_over_the_other_candidates(earlier: RunDirectory) -> None:
     scored, pairs = scored_in(earlier.stage(0, "score")), pairs_of(earlier, 1)
     assert len(pairs) == 8 * 3 * 3  # a pair for each wrong candidate in each language
     for row in pairs:
@@ -246,7 +246,7 @@ def test_gold_answers_are_chosen_over_the_other_candidates(earlier: RunDir) -> N
         assert row["target_margin"] is None
 
 
-def test_a_run_goes_on_from_an_earlier_one(earlier: RunDir, recipe: Callable[..., Config]) -> None:
+def test_a_run_goes_on_from_an_earlier_one(earlier: RunDirectory, recipe: Callable[..., Config]) -> None:
     """With DCO in three languages, of which each pair of candidates is compared in two."""
     settings = {"languages": "bilingual", "pairs": 2}
     run = align(recipe("later", languages=LANGUAGES, init_from="earlier", dco=settings))
@@ -284,7 +284,7 @@ def test_a_run_goes_on_from_an_earlier_one(earlier: RunDir, recipe: Callable[...
     ],
 )
 def test_what_cannot_be_gone_on_from_is_refused_before_engines_start(
-    earlier: RunDir, recipe: Callable[..., Config], folder: Path, changes: dict[str, Any], message: str
+    earlier: RunDirectory, recipe: Callable[..., Config], folder: Path, changes: dict[str, Any], message: str
 ) -> None:
     if "model" in changes:
         changes = {"model": str(shutil.copytree(folder / "model", folder / changes["model"]))}
@@ -294,7 +294,7 @@ def test_what_cannot_be_gone_on_from_is_refused_before_engines_start(
     assert not Path(config.storage, "refused").exists()
 
 
-def test_a_run_does_not_go_on_from_itself(earlier: RunDir, recipe: Callable[..., Config]) -> None:
+def test_a_run_does_not_go_on_from_itself(earlier: RunDirectory, recipe: Callable[..., Config]) -> None:
     with pytest.raises(InputError, match="is this run itself"):
         align(recipe("earlier", init_from="earlier"), overwrite=True)
     assert earlier.storage.exists("finished.json")

@@ -12,7 +12,7 @@ import pytest
 
 from calm_ray.cli import main
 from calm_ray.core.rows import rows_of
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("ray_8_cpus")
 
@@ -79,19 +79,21 @@ def test_questions_are_described(data: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.fixture(scope="module")
-def gold_run(make_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def gold_run(make_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run that trains on right pairs alone, on questions that were split, with bad rows, released extraction."""
     folder = tmp_path_factory.mktemp("gold")
     return align(make_recipe, folder, "gold", method="dpo_gold")
 
 
-def align(make_recipe: Callable[..., Path], folder: Path, name: str, **changes: Any) -> RunDir:
+def align(make_recipe: Callable[..., Path], folder: Path, name: str, **changes: Any) -> RunDirectory:
     recipe = make_recipe(name=name, storage=str(folder), **changes)
     assert main(["align", str(recipe)]) == 0
-    return RunDir(str(folder), name)
+    return RunDirectory(str(folder), name)
 
 
-def test_a_gold_baseline_trains_on_right_pairs_alone(gold_run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gold_baseline_trains_on_right_pairs_alone(
+    gold_run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     gold = {row["question_id"]: row["gold"] for row in rows_of(gold_run.questions("align").read())}
     pairs = rows_of(gold_run.stage(1, "pairs").read())
     assert pairs
@@ -105,7 +107,7 @@ def test_a_gold_baseline_trains_on_right_pairs_alone(gold_run: RunDir, capsys: p
     assert "round 7 has no pairs yet" in capsys.readouterr().err
 
 
-def test_a_runs_samples_give_its_own_pairs_again(gold_run: RunDir, tmp_path: Path) -> None:
+def test_a_runs_samples_give_its_own_pairs_again(gold_run: RunDirectory, tmp_path: Path) -> None:
     """The vote over all pairs; the run itself kept the right ones."""
     sample = gold_run.stage(1, "sample").storage.uri()
     assert main(["pairs", "--completions", sample, "--out", str(tmp_path / "out")]) == 0

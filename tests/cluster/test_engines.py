@@ -23,15 +23,16 @@ from calm_ray.core.sections import Engines, Lora
 from calm_ray.engines.actor import EngineActor
 from calm_ray.engines.dispatcher import Dispatcher
 from calm_ray.engines.generator import Decoding
-from calm_ray.engines.health import Health, Pulse
+from calm_ray.engines.health import Health, Heartbeats
 from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.requests import Sample
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.tasks import ChunkTask
-from calm_ray.engines.text_service import Writers
+from calm_ray.engines.text_service import TextService
 from calm_ray.prompts.questions import prompt_text
 from calm_ray.questions.reader import write_chunks
-from calm_ray.run.directory import RunDir
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.directory import RunDirectory
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 
 LANGUAGES = ["en", "fr"]
@@ -41,12 +42,12 @@ ARGS = {"max_model_len": 128, "max_num_seqs": 64}
 
 def spec(model: Path, **engines: Any) -> EngineSpec:
     settings = Engines(**{"cpus": 0.5, "args": ARGS, **engines})
-    return EngineSpec(BaseModel(str(model)), settings, LORA, "cpu", seed=0)
+    return EngineSpec(RunModel(str(model)), settings, LORA, "cpu", seed=0)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, question_files: tuple[Path, Path]) -> RunDir:
-    run = RunDir(str(tmp_path_factory.mktemp("storage")), "engines")
+def run(tmp_path_factory: pytest.TempPathFactory, question_files: tuple[Path, Path]) -> RunDirectory:
+    run = RunDirectory(str(tmp_path_factory.mktemp("storage")), "engines")
     write_chunks(read_questions(str(question_files[0]), LANGUAGES), run.questions("align"), prompts_per_chunk=8)
     return run
 
@@ -57,7 +58,7 @@ def pool(ray_8_cpus: None, babbler: Path) -> Iterator[EnginePool]:
         yield pool
 
 
-def sample(pool: EnginePool, run: RunDir, output: Stage, seed: int = 0) -> list[Any]:
+def sample(pool: EnginePool, run: RunDirectory, output: Stage, seed: int = 0) -> list[Any]:
     questions = run.questions("align")
     tasks = [
         ChunkTask(questions, output, chunk, code, pool.policy)
@@ -65,15 +66,13 @@ def sample(pool: EnginePool, run: RunDir, output: Stage, seed: int = 0) -> list[
         for code in LANGUAGES
     ]
     decoding = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=40)
-    for _ in pool.run(
-        "sample", Dispatcher(tasks, most_bad=0), decoding=decoding, instruction=False, seed=seed, round_number=1
-    ):
+    for _ in pool.run(Sample(decoding, seed, round_number=1, instruction=False), Dispatcher(tasks, most_bad=0)):
         pass
     return rows_of(output.read())
 
 
-def test_a_pool_for_each_language_samples_every_question(pool: EnginePool, run: RunDir) -> None:
-    assert [member.home for member in pool.members] == ["en", "fr"]
+def test_a_pool_for_each_language_samples_every_question(pool: EnginePool, run: RunDirectory) -> None:
+    assert [replica.home for replica in pool.replicas] == ["en", "fr"]
     rows = sample(pool, run, run.stage(1, "sample"))
     ids = [(row["question_id"], row["language"], row["sample"]) for row in rows]
     assert len(ids) == len(set(ids)) == 24 * 2 * 3
@@ -84,7 +83,7 @@ def test_a_pool_for_each_language_samples_every_question(pool: EnginePool, run: 
         assert "<eos>" not in row["text"]
 
 
-def test_the_same_seed_samples_the_same_text(pool: EnginePool, run: RunDir) -> None:
+def test_the_same_seed_samples_the_same_text(pool: EnginePool, run: RunDirectory) -> None:
     first = [row["token_ids"] for row in sample(pool, run, Stage(run.storage.under("again/a")), seed=7)]
     second = [row["token_ids"] for row in sample(pool, run, Stage(run.storage.under("again/b")), seed=7)]
     third = [row["token_ids"] for row in sample(pool, run, Stage(run.storage.under("again/c")), seed=8)]
@@ -94,7 +93,9 @@ def test_the_same_seed_samples_the_same_text(pool: EnginePool, run: RunDir) -> N
     assert sum(a == b for a, b in zip(first, third, strict=True)) / len(first) < 0.5
 
 
-def test_a_new_policy_is_taken_by_running_engines(pool: EnginePool, run: RunDir, babbler: Path, tmp_path: Path) -> None:
+def test_a_new_policy_is_taken_by_running_engines(
+    pool: EnginePool, run: RunDirectory, babbler: Path, tmp_path: Path
+) -> None:
     before = sample(pool, run, Stage(run.storage.under("swap/before")), seed=7)
     policies = [make_adapter(babbler, tmp_path / str(n), run, n, LORA) for n in (1, 2)]
     texts = []
@@ -109,16 +110,19 @@ def test_a_new_policy_is_taken_by_running_engines(pool: EnginePool, run: RunDir,
     assert texts[0] != texts[1] != [row["token_ids"] for row in before]
     same = sum(a["token_ids"] == b["token_ids"] for a, b in zip(before, after, strict=True)) / len(before)
     assert same > 0.9
-    assert pool.starts == len(pool.members) == 2
+    assert pool.starts == len(pool.replicas) == 2
 
 
 def asleep(pool: EnginePool) -> list[bool]:
     return ray.get(
-        [member.actor.__ray_call__.remote(lambda engine: engine.generator.is_asleep) for member in pool.members]
+        [
+            replica.engine.actor.__ray_call__.remote(lambda engine: engine.generator.is_asleep)
+            for replica in pool.replicas
+        ]
     )
 
 
-def test_engines_sleep_while_their_gpus_are_needed_and_serve_again(pool: EnginePool, run: RunDir) -> None:
+def test_engines_sleep_while_their_gpus_are_needed_and_serve_again(pool: EnginePool, run: RunDirectory) -> None:
     """The order of things; on CPUs there is no memory to give back."""
     pool.wait_for_all()
     with pool.asleep():
@@ -127,10 +131,10 @@ def test_engines_sleep_while_their_gpus_are_needed_and_serve_again(pool: EngineP
     assert len(sample(pool, run, Stage(run.storage.under("awake")))) == 24 * 2 * 3
 
 
-def test_an_engine_that_dies_is_started_again_once(pool: EnginePool, run: RunDir) -> None:
+def test_an_engine_that_dies_is_started_again_once(pool: EnginePool, run: RunDirectory) -> None:
     pool.wait_for_all()
     before = pool.starts
-    os.kill(ray.get(pool.members[0].actor.__ray_call__.remote(lambda engine: os.getpid())), signal.SIGKILL)
+    os.kill(ray.get(pool.replicas[0].engine.actor.__ray_call__.remote(lambda engine: os.getpid())), signal.SIGKILL)
     assert len(sample(pool, run, Stage(run.storage.under("killed")))) == 24 * 2 * 3
     pool.wait_for_all()
     assert pool.starts == before + 1
@@ -149,8 +153,8 @@ def test_an_engine_that_is_starting_waits_while_the_others_sleep_and_is_waited_f
 ) -> None:
     monkeypatch.setattr("calm_ray.engines.pool.WAIT_SECONDS", 0.0)
     pool.wait_for_all()
-    before, one = pool.starts, pool.members[0]
-    ray.kill(one.actor, no_restart=False)
+    before, one = pool.starts, pool.replicas[0]
+    ray.kill(one.engine.actor, no_restart=False)
     while one.health is not Health.RESTARTING:
         pool.load(Policy())
     while pool.starts == before:
@@ -158,11 +162,11 @@ def test_an_engine_that_is_starting_waits_while_the_others_sleep_and_is_waited_f
     begun = pool.starts
     with pool.asleep():
         while pool.starts == begun:
-            assert not is_up(one.actor), "it has loaded the model though the GPU is not its own"
+            assert not is_up(one.engine.actor), "it has loaded the model though the GPU is not its own"
             time.sleep(0.1)
     monkeypatch.setattr("calm_ray.engines.pool.WAIT_SECONDS", 600.0)
-    assert len(pool.writers.engines) == len(pool.members) == 2
-    assert len(pool.writers(["w1 w2", "w3 w4 w5"], 4)) == 2
+    assert len(pool.text_service.engines) == len(pool.replicas) == 2
+    assert len(pool.text_service(["w1 w2", "w3 w4 w5"], 4)) == 2
 
 
 def test_what_is_waited_for_is_said_though_another_engine_is_up(
@@ -179,17 +183,17 @@ def test_what_is_waited_for_is_said_though_another_engine_is_up(
         EnginePool(spec(babbler, shared=2, min_engines=2, cpus=5), LANGUAGES, say)
 
 
-def start_scribes(count: int, pulse: Any, once: Path) -> list[Any]:
+def start_scribes(count: int, heartbeats: Any, once: Path) -> list[Any]:
     """Actors that stand where engines do. The first part of all hangs, and every engine dies of the word poison."""
 
     class Scribe:
         def __init__(self, number: int) -> None:
             self._number = number
-            ray.get(pulse.started.remote(number, ray.get_runtime_context().get_node_id()))
+            ray.get(heartbeats.started.remote(number, ray.get_runtime_context().get_node_id()))
 
         def write(self, messages: list[str], max_new_tokens: int, policy: Policy, ticket: int) -> list[str]:
-            ray.get(pulse.beat.remote(self._number, 0, at_work=False, is_asleep=False))
-            ray.get(pulse.begins.remote(ticket, self._number))
+            ray.get(heartbeats.beat.remote(self._number, 0, at_work=False, is_asleep=False))
+            ray.get(heartbeats.begins.remote(ticket, self._number))
             if not once.exists():
                 once.touch()
                 time.sleep(3600)
@@ -203,11 +207,11 @@ def start_scribes(count: int, pulse: Any, once: Path) -> list[Any]:
 def test_writers_replace_an_engine_that_hangs_and_do_without_the_message_that_all_die_of(
     ray_8_cpus: None, tmp_path: Path
 ) -> None:
-    pulse = ray.remote(num_cpus=0)(Pulse).remote()
-    engines = start_scribes(2, pulse, tmp_path / "once")
-    writers = Writers(engines, Policy(), pulse, seconds=3600, silent_seconds=20)
-    assert writers(["one", "two", "three", "poison", "four"], 8) == ["ONE", "TWO", "THREE", None, "FOUR"]
-    for actor in [*engines, pulse]:
+    heartbeats = ray.remote(num_cpus=0)(Heartbeats).remote()
+    engines = start_scribes(2, heartbeats, tmp_path / "once")
+    text_service = TextService(engines, Policy(), heartbeats, seconds=3600, silent_seconds=20)
+    assert text_service(["one", "two", "three", "poison", "four"], 8) == ["ONE", "TWO", "THREE", None, "FOUR"]
+    for actor in [*engines, heartbeats]:
         ray.kill(actor)
 
 
@@ -251,7 +255,7 @@ def test_refreshed_engines_and_peft_give_the_same_log_probabilities(
     ray_8_cpus: None,
     babbler: Path,
     question_files: tuple[Path, Path],
-    run: RunDir,
+    run: RunDirectory,
     tmp_path: Path,
     refresh: str,
     dtype: str,

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calm_ray.cli import main
 from calm_ray.core.rows import rows_of
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -42,7 +42,7 @@ def run_job(recipe: Path, *overrides: str) -> str:
     return output
 
 
-def metrics(run: RunDir) -> list[dict[str, Any]]:
+def metrics(run: RunDirectory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(run.storage.path("metrics.jsonl")).read_text().splitlines()]
 
 
@@ -57,13 +57,13 @@ def recipe(make_recipe: Callable[..., Path], storage: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(recipe: Path, storage: Path) -> tuple[RunDir, str]:
+def finished(recipe: Path, storage: Path) -> tuple[RunDirectory, str]:
     """A run of one round with one shared engine that is refreshed with merged weights, and what it printed."""
     output = run_job(recipe)
-    return RunDir(str(storage), "whole"), output
+    return RunDirectory(str(storage), "whole"), output
 
 
-def test_a_round_leaves_all_that_was_promised(finished: tuple[RunDir, str]) -> None:
+def test_a_round_leaves_all_that_was_promised(finished: tuple[RunDirectory, str]) -> None:
     run, output = finished
     lines = output.strip().splitlines()
     assert lines[0] == lines[-1] == f"run: {run.uri}"
@@ -82,7 +82,7 @@ def test_a_round_leaves_all_that_was_promised(finished: tuple[RunDir, str]) -> N
     assert run.storage.read_json("finished.json") == {"engine_starts": 1, "engines": 1}
 
 
-def test_every_row_names_the_policy_that_wrote_it(finished: tuple[RunDir, str]) -> None:
+def test_every_row_names_the_policy_that_wrote_it(finished: tuple[RunDirectory, str]) -> None:
     run, _ = finished
     policy = run.summary["rounds"][1]["policy"]
     assert {row["policy"] for row in rows_of(run.stage(1, "sample").read())} == {"base"}
@@ -90,14 +90,14 @@ def test_every_row_names_the_policy_that_wrote_it(finished: tuple[RunDir, str]) 
     assert {row["policy"] for row in rows_of(run.stage(1, "evaluate").read())} == {policy}
 
 
-def test_the_first_loss_is_ln_2(finished: tuple[RunDir, str]) -> None:
+def test_the_first_loss_is_ln_2(finished: tuple[RunDirectory, str]) -> None:
     first = next(row for row in metrics(finished[0]) if "train/loss" in row)
     assert first["step"] == 1
     assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_what_is_finished_is_not_run_again(
-    finished: tuple[RunDir, str], recipe: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[RunDirectory, str], recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = finished
     before = run.storage.read("summary.json")
@@ -113,7 +113,7 @@ def test_what_is_finished_is_not_run_again(
 
 
 def test_show_prints_a_question_from_its_languages_to_a_pair(
-    finished: tuple[RunDir, str], capsys: pytest.CaptureFixture[str]
+    finished: tuple[RunDirectory, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = finished
     assert main(["show", run.uri]) == 0
@@ -127,7 +127,7 @@ def test_show_prints_a_question_from_its_languages_to_a_pair(
 
 
 def test_an_exported_policy_is_the_model_with_its_adapter(
-    finished: tuple[RunDir, str], babbler: Path, tmp_path: Path
+    finished: tuple[RunDirectory, str], babbler: Path, tmp_path: Path
 ) -> None:
     run, _ = finished
     assert main(["export", run.uri, str(tmp_path / "merged")]) == 0
@@ -150,7 +150,7 @@ def test_an_exported_policy_is_the_model_with_its_adapter(
 
 
 def test_a_policy_is_evaluated_again(
-    finished: tuple[RunDir, str],
+    finished: tuple[RunDirectory, str],
     question_files: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],
     ray_8_cpus: None,
@@ -173,7 +173,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(make_recipe: Callable[..., 
         placement="colocate",
         engines={"per_language": 1, "shared": None, "refresh": "adapter"},
     )
-    run = RunDir(str(storage), "stopped")
+    run = RunDirectory(str(storage), "stopped")
     job = start_job(recipe)
     while job.poll() is None and not run.stage(1, "pairs").is_finished:
         time.sleep(0.2)
@@ -237,7 +237,7 @@ def test_a_job_is_submitted_to_a_cluster_and_fails_when_it_fails(
         good = submit(address, environment, str(recipe))
         assert good.returncode == 0, good.stdout + good.stderr
         assert "joined a cluster" in good.stdout
-    run = RunDir(str(storage), "submitted")
+    run = RunDirectory(str(storage), "submitted")
     assert run.storage.exists("finished.json")
     assert f"run: {run.uri}" in good.stdout
     assert any(name.startswith("trl/") for row in metrics(run) for name in row)

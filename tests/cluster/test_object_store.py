@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from calm_ray.cli import main
 from calm_ray.core.errors import StorageError
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 from calm_ray.run.lock import locked
 from calm_ray.run.storage import Storage, hash_folder
 
@@ -153,7 +153,7 @@ def test_a_run_is_interrupted_and_gone_on_with(
     bucket: str, make_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe(name="small", storage=f"{bucket}/runs", train={"workers": 1})
-    run = RunDir(f"{bucket}/runs", "small")
+    run = RunDirectory(f"{bucket}/runs", "small")
     job = start_job(recipe)
     while job.poll() is None and not run.stage(1, "pairs").is_finished:
         time.sleep(0.2)

@@ -16,15 +16,15 @@ from calm_ray.core.sections import Preferences
 from calm_ray.demo.generator import World, build_world, lexicon, world_questions
 from calm_ray.demo.tokenizer import build_tokenizer
 from calm_ray.demo.translator import WorldTranslator
-from calm_ray.engines.health import Pulse
-from calm_ray.engines.text_service import Writers
+from calm_ray.engines.health import Heartbeats
+from calm_ray.engines.text_service import TextService
 from calm_ray.methods.calm.pairs import carry_over, draft_pairs, finish_pairs
 from calm_ray.methods.calm.step import PreferenceJob
 from calm_ray.methods.calm.voting import ballots_of, elect, vote_rows
 from calm_ray.prompts.questions import LETTERS, prompt_text
 from calm_ray.prompts.rendering import encode_prompt
 from calm_ray.questions.reader import write_chunks
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.testing import write_tiny_model
@@ -55,12 +55,15 @@ def completion(world: World, question: Question, sample: int, letter: str, promp
     text = world.answer(town, topic, options[LETTERS.index(letter)], options, question["language"])
     return Completion(
         question_id=question["question_id"], language=question["language"], sample=sample, round=1, text=text,
-        prompt_token_ids=prompt, token_ids=[50 + sample, 1], answer=letter, policy="base", finish_reason="stop",
+        prompt_token_ids=prompt, token_ids=[50 + sample, 1], logp=-1.0, answer=letter, policy="base",
+        finish_reason="stop",
     )  # fmt: skip
 
 
-def writers_of(engines: list[Any]) -> Writers:
-    return Writers(engines, Policy(), pulse=ray.remote(num_cpus=0)(Pulse).remote(), seconds=60, silent_seconds=60)
+def writers_of(engines: list[Any]) -> TextService:
+    return TextService(
+        engines, Policy(), heartbeats=ray.remote(num_cpus=0)(Heartbeats).remote(), seconds=60, silent_seconds=60
+    )
 
 
 def make_job(folder: Path, model: Path, questions: list[Question], **changes: Any) -> PreferenceJob:
@@ -72,7 +75,8 @@ def make_job(folder: Path, model: Path, questions: list[Question], **changes: An
     job = PreferenceJob(
         questions=stage("questions"), completions=stage("sample"), votes=stage("votes"), pairs=stage("pairs"),
         languages=LANGUAGES, preferences=Preferences(translator="world"), instruction=False,
-        model=BaseModel(str(model)), seed=0, round_number=1, world_seed=100, writers=writers_of([]), max_new_tokens=48,
+        model=RunModel(str(model)), seed=0, round_number=1, world_seed=100, text_service=writers_of([]),
+        max_new_tokens=48,
     )  # fmt: skip
     write_chunks(questions, job.questions, prompts_per_chunk=8)
     world, tokenizer = build_world(100), build_tokenizer(build_world(100))
@@ -165,7 +169,7 @@ def test_the_model_translates_through_the_engines_and_is_checked(
 ) -> None:
     actors = start_writers(2)
     how = Preferences(translator="model")
-    job = make_job(tmp_path, model, questions, preferences=how, writers=writers_of(actors))
+    job = make_job(tmp_path, model, questions, preferences=how, text_service=writers_of(actors))
     run(job)
     wanted, carried = (
         [row for row in pairs if row["chosen_language"] != row["language"]]

@@ -17,7 +17,7 @@ from calm_ray.engines.actor import EngineActor
 from calm_ray.engines.generator import Likelihoods
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.vllm import MOST_LABELS
-from calm_ray.run.policies import BaseModel, Policy, publish
+from calm_ray.run.policies import Policy, RunModel, publish
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 from calm_ray.training.batches import Example, pack
@@ -78,7 +78,7 @@ def engine(request: pytest.FixtureRequest, ray_8_cpus: None, model: Path) -> Ite
         # Less than all candidates together, so that they are prefilled in turns.
         args={"max_model_len": 64, "max_num_seqs": 16, "max_num_batched_tokens": 128},
     )  # fmt: skip
-    spec = EngineSpec(BaseModel(str(model)), engines, LORA, "cpu", seed=0)
+    spec = EngineSpec(RunModel(str(model)), engines, LORA, "cpu", seed=0)
     actor = ray.remote(num_cpus=0.5)(scoring_engine()).remote(spec)
     yield actor
     ray.kill(actor)

@@ -28,8 +28,8 @@ from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question, rows_of
 from calm_ray.questions.seq2seq import Direction, Seq2SeqModel, Seq2SeqTranslator, direction
 from calm_ray.questions.translation import translate_missing
-from calm_ray.run.directory import RunDir
-from calm_ray.run.policies import BaseModel
+from calm_ray.run.directory import RunDirectory
+from calm_ray.run.policies import RunModel
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 
@@ -146,11 +146,11 @@ def questions(count: int) -> list[Question]:
 
 
 def translator(folder: Path, **how: Any) -> Seq2SeqTranslator:
-    return Seq2SeqTranslator(BaseModel(str(folder)), **how)
+    return Seq2SeqTranslator(RunModel(str(folder)), **how)
 
 
 def in_process(folder: Path, max_new_tokens: int = 256) -> Seq2SeqModel:
-    return Seq2SeqModel(BaseModel(str(folder)), "cpu", max_new_tokens)
+    return Seq2SeqModel(RunModel(str(folder)), "cpu", max_new_tokens)
 
 
 @pytest.mark.usefixtures("ray_8_cpus")
@@ -298,7 +298,7 @@ def test_a_run_asks_a_monolingual_file_in_all_its_languages(
         name="translated", storage=str(tmp_path), questions={"align": str(file), "evaluate": None, "translate": str(t5)}
     )
     assert main(["align", str(recipe)]) == 0
-    run = RunDir(str(tmp_path), "translated")
+    run = RunDirectory(str(tmp_path), "translated")
     asked = {(row["question_id"], row["language"]): row for row in rows_of(run.questions("align").read())}
     record = run.questions("align").record["translated"]["fr"]
     assert record == {"asked": 9, "cached": 0, "translated": 9, "failed": 0, "identical": 0}
@@ -312,4 +312,4 @@ def test_a_run_asks_a_monolingual_file_in_all_its_languages(
         name="again", storage=str(tmp_path), questions={"align": str(file), "evaluate": None, "translate": str(t5)}
     )
     assert main(["align", str(again)]) == 0
-    assert RunDir(str(tmp_path), "again").questions("align").record["translated"]["fr"]["cached"] == 9
+    assert RunDirectory(str(tmp_path), "again").questions("align").record["translated"]["fr"]["cached"] == 9

@@ -18,7 +18,7 @@ from calm_ray.config import Objective
 from calm_ray.core.errors import CalmRayError
 from calm_ray.core.rows import rows_of
 from calm_ray.core.sections import Lora, Train
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
@@ -50,7 +50,7 @@ def train(
     job = TrainJob(
         pairs,
         stage,
-        BaseModel(str(model)),
+        RunModel(str(model)),
         start or Policy(),
         Policy(),
         Train(**settings),

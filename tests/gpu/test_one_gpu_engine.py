@@ -12,7 +12,7 @@ import torch
 from calm_ray.core.sections import Engines
 from calm_ray.engines.pool import EnginePool
 from calm_ray.engines.spec import EngineSpec
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.testing import word_tokenizer, write_tiny_model
 
 pytestmark = pytest.mark.gpu(1)
@@ -33,15 +33,15 @@ def test_a_sleeping_engine_gives_its_memory_back(local_ray: None, tmp_path: Path
     words = [f"w{number}" for number in range(1000)]
     model = write_tiny_model(tmp_path / "model", word_tokenizer(words), width=1024, layers=8)
     settings = Engines(shared=1, args={"max_model_len": 256, "gpu_memory_utilization": 0.5, "enforce_eager": True})
-    spec = EngineSpec(BaseModel(str(model)), settings, None, "gpu", seed=0, is_colocated=True)
+    spec = EngineSpec(RunModel(str(model)), settings, None, "gpu", seed=0, is_colocated=True)
     free = free_memory()
     with EnginePool(spec, ["en"], print) as pool:
         pool.load(Policy())
         awake = free_memory()
-        before = pool.writers(["w1 w2 w3", "w4 w5"], 32)
+        before = pool.text_service(["w1 w2 w3", "w4 w5"], 32)
         with pool.asleep():
             asleep = free_memory()
-        after = pool.writers(["w1 w2 w3", "w4 w5"], 32)
+        after = pool.text_service(["w1 w2 w3", "w4 w5"], 32)
     held = free - awake
     print(f"awake {held / 2**30:.1f} GiB, asleep {(free - asleep) / 2**30:.1f} GiB")
     assert free - asleep < 0.1 * held

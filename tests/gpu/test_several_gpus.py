@@ -16,10 +16,11 @@ from calm_ray.core.sections import Engines, Lora, Train
 from calm_ray.engines.dispatcher import Dispatcher
 from calm_ray.engines.generator import Decoding
 from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.requests import Sample
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.tasks import ChunkTask
 from calm_ray.questions.reader import write_chunks
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.training.loop import TrainJob
@@ -47,7 +48,7 @@ def losses(model: Path, pairs: Stage, output: Path, **changes: Any) -> list[floa
     """The loss curve of one round of training."""
     settings = {"learning_rate": 1e-2, "warmup_share": 0.1, "epochs": 2, "dtype": "float32", "attention": "sdpa"}
     train = Train(**{**settings, **changes})
-    job = TrainJob(pairs, Stage(Storage(str(output))), BaseModel(str(model)), Policy(), Policy(), train, "dpo", 0, 1)
+    job = TrainJob(pairs, Stage(Storage(str(output))), RunModel(str(model)), Policy(), Policy(), train, "dpo", 0, 1)
     rows: list[dict[str, Any]] = []
     train_round(job, "gpu", rows.append)
     return [row["train/loss"] for row in rows if "train/loss" in row]
@@ -80,12 +81,12 @@ def greedy(model: Path, folder: Path, **engines: Any) -> list[list[int]]:
     write_chunks([question(f"q{i}") for i in range(16)], questions, prompts_per_chunk=16)
     output = Stage(Storage(str(folder / "sample")))
     settings = Engines(shared=1, dtype="float32", args={"max_model_len": 256}, **engines)
-    spec = EngineSpec(BaseModel(str(model)), settings, Lora(), "gpu", seed=0)
+    spec = EngineSpec(RunModel(str(model)), settings, Lora(), "gpu", seed=0)
     tasks = [ChunkTask(questions, output, chunk, "en") for chunk in questions.chunks()]
     work = Dispatcher(tasks, most_bad=0)
     with EnginePool(spec, ["en"], print) as pool:
         decoding = Decoding(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=16)
-        list(pool.run("sample", work, decoding=decoding, instruction=True, seed=0, round_number=1))
+        list(pool.run(Sample(decoding, seed=0, round_number=1), work))
     return [row["token_ids"] for row in rows_of(output.read())]
 
 

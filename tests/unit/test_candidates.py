@@ -12,8 +12,9 @@ from calm_ray.core.rows import CandidateSet, Question
 from calm_ray.core.sections import Candidates
 from calm_ray.demo.generator import build_world, world_languages, world_questions
 from calm_ray.demo.tokenizer import build_tokenizer
+from calm_ray.methods.candidates import candidate_form
 from calm_ray.prompts.answers import extract_answer
-from calm_ray.prompts.candidates import CandidateForm, label
+from calm_ray.prompts.candidates import FORMS, CandidateForm, label
 from calm_ray.prompts.questions import letters
 from calm_ray.prompts.rendering import encode_prompt
 from calm_ray.testing import word_tokenizer
@@ -55,8 +56,7 @@ def candidates(
     row: Question, form: str, tokenizer: PreTrainedTokenizerFast | None = None, *, chat: bool = False
 ) -> CandidateSet:
     """By a tokenizer of bytes, if no other is given."""
-    settings = Candidates(form=form, chat=chat)  # type: ignore[arg-type]
-    return CandidateForm(settings).of(row, tokenizer or byte_tokenizer())
+    return CandidateForm(FORMS[form], chat).of(row, tokenizer or byte_tokenizer())
 
 
 def test_letters_follow_the_answers_marker() -> None:
@@ -170,7 +170,8 @@ def test_the_worlds_answers_are_written_out() -> None:
     held_out = world_questions(world)[1]
     rows = [row for row in held_out if row["question_id"] == held_out[0]["question_id"]]
     assert {row["language"] for row in rows} == set(world_languages())
-    form = CandidateForm(Candidates(form="world"), world_seed=0)
+    form = candidate_form(Candidates(form="world"), world_seed=0)
+    assert form is not None
     for row in rows:
         found = form.of(row, tokenizer)
         assert found["texts"] == found["choices"] == world.answers(row)

@@ -21,7 +21,7 @@ from pyarrow import fs
 
 from calm_ray.core.rows import Pair, table
 from calm_ray.core.sections import Lora, Train
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.training import checkpoint, checkpoint_triggers
@@ -66,7 +66,7 @@ def job_of(model: Path, pairs: Stage, output: Path, objective: Any = "dpo", **ch
         "validation_share": 0.2, "checkpoint_steps": 2, **changes,
     }  # fmt: skip
     stage = Stage(Storage(str(output)))
-    return TrainJob(pairs, stage, BaseModel(str(model)), Policy(), Policy(), Train(**settings), objective, 0, 1)
+    return TrainJob(pairs, stage, RunModel(str(model)), Policy(), Policy(), Train(**settings), objective, 0, 1)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from calm_ray.cluster.machines import GB
 from calm_ray.cluster.nodes import GROUP_LABEL, Kind, Memory, planned
 from calm_ray.core.errors import ResourceError
-from calm_ray.job.cluster_check import check_places
+from calm_ray.job.cluster_check import check_slots
 from calm_ray.recipes import load_config
 
 A100 = {"CPU": 96.0, "GPU": 8.0, "accelerator_type:A100": 1.0}
@@ -47,8 +47,8 @@ def test_nodes_of_no_kind_are_counted_beside_the_kinds(group: str) -> None:
 
 def test_places_count_where_any_node_has_them() -> None:
     nodes = planned([alive("a", {"calm_ray_train": 8.0}), alive("b")], [], {})
-    assert [node.train_places for node in nodes] == [8, 0]
-    assert [node.engine_places for node in nodes] == [None, None]
+    assert [node.train_slots for node in nodes] == [8, 0]
+    assert [node.engine_slots for node in nodes] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_elastic_workers_need_places_that_engines_do_not_take(
 ) -> None:
     config = load_config(None, ["train.workers=[1, 2]", f"placement={placement}"])
     if missing is None:
-        check_places(config, nodes)
+        check_slots(config, nodes)
     else:
         with pytest.raises(ResourceError, match=missing):
-            check_places(config, nodes)
+            check_slots(config, nodes)
 
 
 def test_engines_that_may_fill_the_places_to_train_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +77,7 @@ def test_engines_that_may_fill_the_places_to_train_are_told_of(capsys: pytest.Ca
     train, engines = {"calm_ray_train": 8.0}, {"calm_ray_engine": 8.0}
     alike: list[dict[str, float]] = [{}, {}]
     for nodes in (alike, [train, train], [train, engines]):
-        check_places(config, nodes)
+        check_slots(config, nodes)
         assert capsys.readouterr().out == ""
-    check_places(config, [{}, train])
+    check_slots(config, [{}, train])
     assert "engines may fill" in capsys.readouterr().out

@@ -18,8 +18,8 @@ from calm_ray.comparison.table import change
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Completion, Question, rows_of, table
 from calm_ray.recipes import RECIPES, load_config
-from calm_ray.run.directory import RunDir
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.directory import RunDirectory
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 
 RECIPE: dict[str, Any] = {
@@ -148,7 +148,7 @@ def test_the_recipe_of_the_demo_compares_all_methods_and_is_a_recipe_by_itself()
     assert alone.train == dco.train
 
 
-def stage_of(run: RunDir, number: int, name: str, policy: str) -> Stage:
+def stage_of(run: RunDirectory, number: int, name: str, policy: str) -> Stage:
     stage = run.stage(number, name)
     for chunk in ("00000-en", "00000-fr"):
         rows = [completion("A", chunk[-2:]) | {"policy": policy}]
@@ -182,7 +182,7 @@ def test_what_is_known_of_a_start_is_copied_under_the_name_it_has_here(tmp_path:
 
 
 def test_a_copy_that_breaks_off_is_not_taken_for_a_finished_stage(tmp_path: Path) -> None:
-    run, other = RunDir(str(tmp_path), "run"), RunDir(str(tmp_path), "other")
+    run, other = RunDirectory(str(tmp_path), "run"), RunDirectory(str(tmp_path), "other")
     stage = stage_of(other, 1, "sample", "r0001-abc")
     whole = stage.storage.read("00000-fr.parquet")
     stage.storage.write("00000-fr.parquet", b"torn")
@@ -218,7 +218,7 @@ def test_all_runs_are_asked_the_same_questions(tmp_path: Path) -> None:
 def test_runs_of_another_model_are_not_compared(tmp_path: Path) -> None:
     contenders = compared(tmp_path, ["calm", "dco"]).contenders
     for one, sha256 in zip(contenders, ("abc", "def"), strict=True):
-        one.run.storage.write_json("model.json", BaseModel("world-0", "there", sha256).__dict__)
+        one.run.storage.write_json("model.json", RunModel("world-0", "there", sha256).__dict__)
     with pytest.raises(InputError, match=r"t1-dco has another model than .*t1-calm"):
         check_common_start(contenders)
 

@@ -133,7 +133,7 @@ def test_known_bad_prompts_are_left_out_in_their_language(tmp_path: Path) -> Non
     en, fr = without_bad(tasks, {("q1", "fr")})
     assert [row["question_id"] for row in en.read()] == ["q0", "q1", "q2"]
     assert [row["question_id"] for row in fr.read()] == ["q0", "q2"]
-    assert [row["question_id"] for row in fr.left_out()] == ["q1"]
+    assert [row["question_id"] for row in fr.skipped()] == ["q1"]
 
 
 def test_an_engine_that_was_dead_already_blames_nobody(tmp_path: Path) -> None:
@@ -143,5 +143,5 @@ def test_an_engine_that_was_dead_already_blames_nobody(tmp_path: Path) -> None:
         task = work.next(None)
         assert task is not None
         assert task.only is None
-        work.not_begun(task)
+        work.requeue(task)
     assert work_off(work, set()) == (["q0", "q1", "q2"], 0)

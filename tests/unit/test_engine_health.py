@@ -10,68 +10,68 @@ from factories import completion, question
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from calm_ray.core.rows import Completion, Question, rows_of, table
-from calm_ray.engines.actor import _put
-from calm_ray.engines.health import Patience, Pulse
-from calm_ray.engines.replica import Member, is_machine_lost, none_will_start
+from calm_ray.engines.health import Heartbeats, Patience
+from calm_ray.engines.replica import Replica, is_machine_lost, none_will_start
+from calm_ray.engines.requests import Served
 from calm_ray.engines.tasks import ChunkTask
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 
 
-def member(number: int, **state: Any) -> Member:
-    actor: Any = None
-    return Member(number, None, actor, **state)
+def replica(number: int, **state: Any) -> Replica:
+    engine: Any = None
+    return Replica(number, None, engine, **state)
 
 
 def test_a_pulse_that_begins_anew_learns_of_the_engines_from_their_beats() -> None:
-    pulse, one = Pulse(), member(1, starts=3)
-    assert one.starts_since(pulse.starts()) == 0
-    pulse.beat(1, steps=7, at_work=True, is_asleep=False)
-    assert pulse.ages().keys() == pulse.silence().keys() == pulse.starts().keys() == {1}
-    assert one.starts_since(pulse.starts()) == 1
-    pulse.started(1, "node")
-    assert one.starts_since(pulse.starts()) == 2
+    heartbeats, one = Heartbeats(), replica(1, starts=3)
+    assert one.starts_since(heartbeats.starts()) == 0
+    heartbeats.beat(1, steps=7, at_work=True, is_asleep=False)
+    assert heartbeats.ages().keys() == heartbeats.silence().keys() == heartbeats.starts().keys() == {1}
+    assert one.starts_since(heartbeats.starts()) == 1
+    heartbeats.started(1, "node")
+    assert one.starts_since(heartbeats.starts()) == 2
 
 
 def test_a_pulse_that_begins_anew_learns_of_the_night_from_an_engine_that_sleeps() -> None:
-    pulse = Pulse()
-    pulse.beat(1, steps=0, at_work=False, is_asleep=False)
-    assert not pulse.is_night()
-    pulse.beat(2, steps=0, at_work=False, is_asleep=True)
-    assert pulse.is_night()
-    pulse.set_night(False)
-    pulse.beat(2, steps=0, at_work=False, is_asleep=True)  # was sent before the engine was woken
-    assert not pulse.is_night()
+    heartbeats = Heartbeats()
+    heartbeats.beat(1, steps=0, at_work=False, is_asleep=False)
+    assert not heartbeats.is_paused()
+    heartbeats.beat(2, steps=0, at_work=False, is_asleep=True)
+    assert heartbeats.is_paused()
+    heartbeats.set_paused(False)
+    heartbeats.beat(2, steps=0, at_work=False, is_asleep=True)  # was sent before the engine was woken
+    assert not heartbeats.is_paused()
 
 
 def test_what_is_known_under_a_ticket_is_that_of_the_engine_that_has_begun() -> None:
-    pulse = Pulse()
-    pulse.started(1, "node")
-    assert not pulse.has_begun(17)
-    assert pulse.silence_under(17) is None
-    assert pulse.node_under(17) is None
-    pulse.begins(17, engine=1)
-    pulse.started(1, "another node")
-    assert pulse.node_under(17) == "node"
-    silence = pulse.silence_under(17)
+    heartbeats = Heartbeats()
+    heartbeats.started(1, "node")
+    assert not heartbeats.has_begun(17)
+    assert heartbeats.silence_under(17) is None
+    assert heartbeats.node_under(17) is None
+    heartbeats.begins(17, engine=1)
+    heartbeats.started(1, "another node")
+    assert heartbeats.node_under(17) == "node"
+    silence = heartbeats.silence_under(17)
     assert silence is not None
     assert silence >= 0.0
 
 
 @pytest.mark.parametrize(
-    ("members", "starts", "over"),
+    ("replicas", "starts", "over"),
     [
-        ([member(1, has_failed=True), member(2)], {1: 1, 2: 1}, False),  # 2 is still loading
-        ([member(1, has_failed=True), member(2)], {1: 2}, True),  # 2 waits for a place
-        ([member(1, has_failed=True), member(2, has_run=True)], {1: 2, 2: 1}, False),
-        ([member(1, has_failed=True), member(2, has_failed=True)], {1: 3, 2: 1}, True),
-        ([member(1, has_failed=True)], {}, True),  # it failed before it could say that it begins
+        ([replica(1, has_failed=True), replica(2)], {1: 1, 2: 1}, False),  # 2 is still loading
+        ([replica(1, has_failed=True), replica(2)], {1: 2}, True),  # 2 waits for a place
+        ([replica(1, has_failed=True), replica(2, has_run=True)], {1: 2, 2: 1}, False),
+        ([replica(1, has_failed=True), replica(2, has_failed=True)], {1: 3, 2: 1}, True),
+        ([replica(1, has_failed=True)], {}, True),  # it failed before it could say that it begins
     ],
 )
 def test_one_engine_that_cannot_start_does_not_end_the_others(
-    members: list[Member], starts: dict[int, int], over: bool
+    replicas: list[Replica], starts: dict[int, int], over: bool
 ) -> None:
-    assert none_will_start(members, starts) is over
+    assert none_will_start(replicas, starts) is over
 
 
 def test_engines_that_start_are_waited_for_while_they_come() -> None:
@@ -96,11 +96,11 @@ def test_an_engine_that_comes_too_late_does_not_write_over_what_is_done(tmp_path
     questions, output = (Stage(Storage(str(tmp_path / name))) for name in ("questions", "output"))
     questions.write("00000", table(Question, [question()]))
     tasks = [ChunkTask(questions, output, "00000", code) for code in ("en", "fr")]
-    _put(tasks[0], Completion, [completion("A")], tokens=2)
+    tasks[0].write(Served(Completion, [completion("A")], {"tokens": 2}))
     if is_finished:
         output.finish({})
-    assert _put(tasks[0], Completion, [completion("B")], tokens=3) == {"rows": 1, "tokens": 3}
-    _put(tasks[1], Completion, [completion("C", "fr")], tokens=4)
+    assert tasks[0].write(Served(Completion, [completion("B")], {"tokens": 3})) == {"rows": 1, "tokens": 3}
+    tasks[1].write(Served(Completion, [completion("C", "fr")], {"tokens": 4}))
     assert {row["answer"] for row in rows_of(output.read())} == {"A", "C"}
     assert output.counts()["tokens"] == 6
     assert output.flawed() == []

@@ -8,7 +8,7 @@ import pytest
 from factories import completion, completions, question
 
 from calm_ray.core.rows import CandidateSet, Completion, Question
-from calm_ray.engines.completion import score
+from calm_ray.engines.requests import Score
 from calm_ray.methods.dco.sampled_candidates import Carried, candidate_sets, carry, draw
 from calm_ray.prompts.passages import Passage
 from calm_ray.testing import ScriptedGenerator, word_tokenizer
@@ -175,10 +175,11 @@ def test_sets_are_scored_as_they_are() -> None:
     sets = sets_of(kept, open_questions("en", "fr"))
     generator = ScriptedGenerator(TOKENIZER, lambda *_: "", lambda prompt, side: -float(len(prompt + side)))
     generator.policy = "r0002-abcd"
-    english, _ = score(generator, sets, with_prompt=True)
+    english, _ = Score(None, with_prompt=True).serve(generator, sets).rows
     assert english["policy"] == "r0002-abcd"
-    assert {key: english[key] for key in sets[0]} == sets[0]  # type: ignore[literal-required]
+    assert {key: english[key] for key in sets[0]} == sets[0]
     sides = [str(TOKENIZER.decode(side)) for side in english["token_ids"]]
     assert english["logps"] == [-len("Question q1?" + side) for side in sides]
     assert english["prompt_logp"] == -len("Question" + "q1?")
-    assert score(ScriptedGenerator(TOKENIZER, lambda *_: ""), sets, with_prompt=False)[0]["prompt_logp"] is None
+    (first, *_) = Score(None).serve(ScriptedGenerator(TOKENIZER, lambda *_: ""), sets).rows
+    assert first["prompt_logp"] is None

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from calm_ray.cluster.machines import DEVICES, GB, GIB, Node
-from calm_ray.cluster.resources import ENGINE_PLACE, TRAIN_PLACE, shortage
+from calm_ray.cluster.resources import ENGINE_SLOT, TRAIN_SLOT, shortage
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError, ResourceError
 from calm_ray.planning.hardware import node_of_instance, nodes_alike, nodes_of_launcher
@@ -164,7 +164,7 @@ def test_a_cluster_says_where_engines_and_workers_may_go(
     places: list[tuple[int, int, int]],
 ) -> None:
     nodes = [
-        replace(node, train_places=train[i], engine_places=engine[i]) for i, node in enumerate(nodes_alike(len(train)))
+        replace(node, train_slots=train[i], engine_slots=engine[i]) for i, node in enumerate(nodes_alike(len(train)))
     ]
     found = layout(nodes, *overrides)
     assert given(found) == places
@@ -172,12 +172,12 @@ def test_a_cluster_says_where_engines_and_workers_may_go(
 
 
 def test_too_few_places_are_said() -> None:
-    nodes = [replace(node, train_places=5, engine_places=2) for node in nodes_alike(2)]
+    nodes = [replace(node, train_slots=5, engine_slots=2) for node in nodes_alike(2)]
     for_engines, for_workers = layout(nodes, "train.workers=11").problems
-    assert for_engines.startswith(f"2 of 6 engines have no place: each takes 1 CPU, 1 GPU, 4.0 GB, 1 {ENGINE_PLACE} on")
-    assert for_engines.endswith(f"16 GPU, 2,473.9 GB of host memory, 4 {ENGINE_PLACE}")
-    assert f"1 of 11 training workers have no place: each takes 1 CPU, 1 GPU, 4.0 GB, 1 {TRAIN_PLACE}" in for_workers
-    assert for_workers.endswith(f"10 {TRAIN_PLACE}")
+    assert for_engines.startswith(f"2 of 6 engines have no place: each takes 1 CPU, 1 GPU, 4.0 GB, 1 {ENGINE_SLOT} on")
+    assert for_engines.endswith(f"16 GPU, 2,473.9 GB of host memory, 4 {ENGINE_SLOT}")
+    assert f"1 of 11 training workers have no place: each takes 1 CPU, 1 GPU, 4.0 GB, 1 {TRAIN_SLOT}" in for_workers
+    assert for_workers.endswith(f"10 {TRAIN_SLOT}")
 
 
 def test_gpus_count_where_they_may_be_used() -> None:
@@ -185,7 +185,7 @@ def test_gpus_count_where_they_may_be_used() -> None:
     small, large = nodes_alike(1, gpu="A100-40"), nodes_alike(1, gpu="A100-80")
     full = [*FULL, "train.workers=4", "train.activation_checkpointing=true"]
     assert "a GPU has 40.0 GB" in layout(small + large, *full).problems[0]
-    apart = [replace(small[0], train_places=0, engine_places=8), replace(large[0], train_places=8, engine_places=0)]
+    apart = [replace(small[0], train_slots=0, engine_slots=8), replace(large[0], train_slots=8, engine_slots=0)]
     found = layout(apart, *full)
     assert found.problems == []
     assert found.engine.limit == int(0.9 * 40 * GB)
@@ -277,17 +277,17 @@ def test_resources_of_the_launchers_file_go_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("resources", "head", "worker"),
     [
-        ({TRAIN_PLACE: 4}, (0, None), (4, None)),
-        ({ENGINE_PLACE: 2}, (None, 0), (None, 2)),
-        ({TRAIN_PLACE: 4, ENGINE_PLACE: 2}, (0, 0), (4, 2)),
-        ({TRAIN_PLACE: 0}, (None, None), (None, None)),
+        ({TRAIN_SLOT: 4}, (0, None), (4, None)),
+        ({ENGINE_SLOT: 2}, (None, 0), (None, 2)),
+        ({TRAIN_SLOT: 4, ENGINE_SLOT: 2}, (0, 0), (4, 2)),
+        ({TRAIN_SLOT: 0}, (None, None), (None, None)),
     ],
 )
 def test_the_launchers_file_says_where_engines_and_workers_may_go(
     tmp_path: Path, resources: dict[str, int], head: tuple[int | None, ...], worker: tuple[int | None, ...]
 ) -> None:
     nodes = nodes_of_launcher(launcher(tmp_path, resources={"CPU": 64, "GPU": 4, **resources}))
-    assert [(node.train_places, node.engine_places) for node in nodes] == [head, worker, worker]
+    assert [(node.train_slots, node.engine_slots) for node in nodes] == [head, worker, worker]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from calm_ray.methods.calm.from_columns import PAIRS, make_pairs
 from calm_ray.methods.calm.import_completions import QUESTIONS_PER_CHUNK, open_completions
 from calm_ray.methods.calm.recorded import RecordedChunks
 from calm_ray.methods.calm.vote_report import sample_report
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 
@@ -189,7 +189,7 @@ def test_parquet_that_is_not_completions(tmp_path: Path) -> None:
 
 
 def test_the_samples_of_a_run_are_read_where_they_lie(tmp_path: Path) -> None:
-    run = RunDir(str(tmp_path), "mine")
+    run = RunDirectory(str(tmp_path), "mine")
     asked = [question("q1", code, gold="B") for code in ("en", "fr")]
     run.questions("align").write("00000", table(Question, asked))
     sample = run.stage(1, "sample")
@@ -245,7 +245,7 @@ def test_a_language_that_was_not_asked_a_question_is_not_wrong_there(tmp_path: P
         row["text"] = f"{'Answer' if row['language'] == 'en' else 'Réponse'}: B"
     pq.write_table(table(Completion, rows), tmp_path / "mine.parquet")
     asked = [question("q1", "en", gold="B"), question("q1", "fr", gold="B"), question("q2", "en", gold="B")]
-    run = RunDir(str(tmp_path), "mine")
+    run = RunDirectory(str(tmp_path), "mine")
     run.questions("align").write("00000", table(Question, asked))
     for code in ("en", "fr"):
         of_language = [row for row in rows if row["language"] == code]

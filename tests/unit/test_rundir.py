@@ -7,17 +7,17 @@ import pytest
 
 from calm_ray.core.errors import CalmRayError, InputError
 from calm_ray.recipes import load_config
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 from calm_ray.run.invalidation import earliest, invalid_stages
-from calm_ray.run.policies import BaseModel, Policy, fetch, publish, require_safetensors
+from calm_ray.run.policies import Policy, RunModel, fetch, publish, require_safetensors
 from calm_ray.run.repair import mend
 from calm_ray.run.storage import Storage, hash_folder
 
 CONFIG = {"name": "run", "train": {"epochs": 3, "beta": 0.1}}
 
 
-def started(folder: Path) -> RunDir:
-    run = RunDir(str(folder), "run")
+def started(folder: Path) -> RunDirectory:
+    run = RunDirectory(str(folder), "run")
     run.check(CONFIG, overwrite=False)
     run.begin(CONFIG, {"python": "3"}, overwrite=False)
     return run
@@ -83,7 +83,7 @@ def test_a_change_has_its_first_effect_somewhere(keys: list[str], method: str, s
 
 
 def test_more_rounds_go_on_with_a_finished_run(tmp_path: Path) -> None:
-    run = RunDir(str(tmp_path), "run")
+    run = RunDirectory(str(tmp_path), "run")
     run.begin({"rounds": 1}, {}, overwrite=False)
     run.stage(1, "train").finish({})
     run.finish({})
@@ -120,13 +120,13 @@ def test_a_finished_run_that_lost_a_stage_is_not_complete(tmp_path: Path) -> Non
 
 def test_a_run_that_was_moved_finds_its_policies(tmp_path: Path) -> None:
     run = started(tmp_path / "before")
-    first = run.share_model(BaseModel("world-0", sha256="abc"), adapter(tmp_path / "model"))
+    first = run.share_model(RunModel("world-0", sha256="abc"), adapter(tmp_path / "model"))
     train = run.stage(1, "train")
     policy = publish(adapter(tmp_path / "policy"), train.storage, "policy", 1, "adapter")
     train.finish({"policy": policy.as_json()})
     run.stage(2, "train").finish({"policy": policy.as_json()})  # without pairs the policy stays what it was
     (tmp_path / "before").rename(tmp_path / "after")
-    moved = RunDir(str(tmp_path / "after"), "run")
+    moved = RunDirectory(str(tmp_path / "after"), "run")
     assert moved.model == replace(first, location=str(tmp_path / "after/run/model"))
     for number in (1, 2):
         assert moved.policy(number) == replace(policy, location=str(tmp_path / "after/run/rounds/1/train/policy"))
@@ -139,7 +139,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run" / "thesis.tex").write_text("")
     for overwrite in (False, True):
         with pytest.raises(InputError, match=r"holds thesis\.tex and is not a run"):
-            RunDir(str(tmp_path), "run").check(CONFIG, overwrite=overwrite)
+            RunDirectory(str(tmp_path), "run").check(CONFIG, overwrite=overwrite)
 
 
 def test_what_an_interrupted_overwrite_left_is_never_gone_on_with(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_run_without_its_configuration_is_not_deleted_by_the_way(tmp_path: Pat
 
 
 def test_what_was_found_out_under_the_old_configuration_is_forgotten(tmp_path: Path) -> None:
-    run = RunDir(str(tmp_path), "run")
+    run = RunDirectory(str(tmp_path), "run")
     run.begin({"engines": {"dtype": "bfloat16"}}, {}, overwrite=False)
     run.storage.write("bad_prompts.parquet", b"")
     run.stage(0, "evaluate").finish({})
@@ -179,12 +179,12 @@ def test_the_optimal_policy_of_the_start_depends_on_gamma() -> None:
 def test_a_run_keeps_the_model_it_started_from(tmp_path: Path) -> None:
     run = started(tmp_path)
     assert not run.storage.exists("model.json")
-    first = run.share_model(BaseModel("world-0", sha256="abc"), adapter(tmp_path / "model"))
+    first = run.share_model(RunModel("world-0", sha256="abc"), adapter(tmp_path / "model"))
     assert run.model == first
     assert first.location == run.storage.uri("model")
     assert run.storage.names() == ["config.json", "model", "model.json"]
     # Pretrained anew elsewhere, it may have come out otherwise.
-    assert run.share_model(BaseModel("world-0", sha256="def"), adapter(tmp_path / "other")) == first
+    assert run.share_model(RunModel("world-0", sha256="def"), adapter(tmp_path / "other")) == first
 
 
 def test_object_stores_are_given_no_empty_names(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_object_stores_are_given_no_empty_names(tmp_path: Path) -> None:
 
 
 def test_chunks_are_written_whole(tmp_path: Path) -> None:
-    stage = RunDir(str(tmp_path), "run").stage(2, "sample")
+    stage = RunDirectory(str(tmp_path), "run").stage(2, "sample")
     assert stage.chunks() == set()
     stage.write("00001-fr", pa.table({"n": [1, 2]}))
     stage.write("00000-en", pa.table({"n": [3]}))
@@ -264,7 +264,7 @@ def test_errors_survive_pickling() -> None:
 def test_a_run_from_before_a_key_was_there_goes_on(tmp_path: Path) -> None:
     settings = load_config().model_dump(mode="json")
     older = {**settings, "preferences": {"translator": settings["preferences"]["translator"]}}
-    run = RunDir(str(tmp_path), "old")
+    run = RunDirectory(str(tmp_path), "old")
     run.begin(older, {}, overwrite=False)
     run.check(settings, overwrite=False)
     run.stage(1, "pairs").finish({})

@@ -15,7 +15,7 @@ from calm_ray.core.errors import InputError
 from calm_ray.core.safe_yaml import LARGEST
 from calm_ray.core.safety import ENGINE_ARGS, TRL_ARGS, holds_secret, redact, refused_as
 from calm_ray.recipes import DEMO_RECIPE, MOST_FILES, load_config
-from calm_ray.run.policies import BaseModel, Policy
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.provenance import about
 
 TOKEN = "hf_" + "aB3" * 11
@@ -233,9 +233,9 @@ def test_records_of_a_run_cannot_lead_out_of_the_cache(name: str) -> None:
     with pytest.raises(InputError, match="its records are damaged"):
         Policy(name, 1, "adapter", "/runs/x", "00")
     with pytest.raises(InputError, match="its records are damaged"):
-        BaseModel(name, "/runs/x", "00")
+        RunModel(name, "/runs/x", "00")
     with pytest.raises(InputError, match="its records are damaged"):
-        BaseModel("world", "/runs/x", "../../..")
+        RunModel("world", "/runs/x", "../../..")
 
 
 FOREIGN = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

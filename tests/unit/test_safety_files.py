@@ -29,7 +29,7 @@ from calm_ray.questions.reader import question_of, take_in
 from calm_ray.questions.records import Record, read_records
 from calm_ray.questions.sources import Part, matching
 from calm_ray.run.model_files import check_files, require_safetensors
-from calm_ray.run.policies import BaseModel
+from calm_ray.run.policies import RunModel
 
 HEADER = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 TENSORS = struct.pack("<Q", len(HEADER)) + HEADER + bytes(4)
@@ -176,7 +176,7 @@ def test_pickles_and_code_beside_a_model_are_not_copied(model: Path, tmp_path: P
 def test_a_model_with_an_odd_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="model: "):
-        BaseModel(name).local_folder()
+        RunModel(name).local_folder()
 
 
 def refused(file: Path) -> str:

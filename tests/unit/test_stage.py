@@ -11,7 +11,7 @@ import pytest
 
 from calm_ray.core.errors import StorageError
 from calm_ray.run.bad_prompts import BadPrompts, Blamed
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 from calm_ray.run.policies import Policy
 from calm_ray.run.repair import mend
 from calm_ray.run.stage import Stage
@@ -69,8 +69,8 @@ def damage(folder: Path, how: str) -> None:
         manifest.write_bytes(manifest.read_bytes()[:-20])
 
 
-def run_with(folder: Path, *stages: tuple[int, str]) -> RunDir:
-    run = RunDir(str(folder), "run")
+def run_with(folder: Path, *stages: tuple[int, str]) -> RunDirectory:
+    run = RunDirectory(str(folder), "run")
     run.begin(CONFIG, {}, overwrite=False)
     for number, name in stages:
         stage_of(folder / "run" / "rounds" / str(number) / name)
@@ -192,7 +192,7 @@ def test_votes_and_pairs_are_made_together(tmp_path: Path) -> None:
         assert not run.stage(1, name).is_finished
 
 
-def trained(run: RunDir, number: int) -> Policy:
+def trained(run: RunDirectory, number: int) -> Policy:
     stage = run.stage(number, "train")
     stage.storage.write("policy/adapter_model.safetensors", b"weights of round %d" % number)
     stage.storage.write("metrics.json", b"[]")
@@ -266,7 +266,7 @@ def test_a_disk_that_takes_nothing_leaves_no_traces(tmp_path: Path) -> None:
 
 
 def test_bad_prompts_are_known_where_the_same_questions_are_asked(tmp_path: Path) -> None:
-    run = RunDir(str(tmp_path), "run")
+    run = RunDirectory(str(tmp_path), "run")
     bad, questions = BadPrompts(run.storage), run.questions("align")
     assert bad.known(questions) == set()
     note = bad.noting(questions, run.stage(1, "sample"))

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 
 from calm_ray.config import Objective
 from calm_ray.core.sections import Lora, Train
-from calm_ray.run.policies import BaseModel, Policy, publish
+from calm_ray.run.policies import Policy, RunModel, publish
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
@@ -77,7 +77,7 @@ def by_hand(folder: Path, rows: list[Example]) -> torch.Tensor:
 
 def trainer_of(model: PolicyModel, folder: Path, storage: Path, train: Train, objective: Objective = "dpo") -> Trainer:
     stage = Stage(Storage(str(storage)))
-    job = TrainJob(stage, stage, BaseModel(str(folder)), Policy(), Policy(), train, objective, 0, 1)
+    job = TrainJob(stage, stage, RunModel(str(folder)), Policy(), Policy(), train, objective, 0, 1)
     return Trainer(job, model, lambda row: None)
 
 

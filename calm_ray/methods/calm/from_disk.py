@@ -18,8 +18,8 @@ import ray
 import ray.data
 
 from calm_ray.cluster.connection import cluster
-from calm_ray.cluster.resources import Needs, Part
-from calm_ray.core.console import say, step
+from calm_ray.cluster.resources import Group, Needs
+from calm_ray.core.console import progress_bar, say
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import Preferences
 from calm_ray.methods.calm.from_columns import PAIRS, make_pairs
@@ -82,7 +82,7 @@ def pairs_of_chunks(job: RecordedJob) -> Iterator[tuple[pa.Table, Counter[str]]]
 
 def _counted(job: RecordedJob, total: Counter[str]) -> Iterator[pa.Table]:
     """The pairs of every chunk, with progress; their counts are added to `total`."""
-    with step("vote and pair", len(job.chunks.chunks)) as progress:
+    with progress_bar("vote and pair", len(job.chunks.chunks)) as progress:
         for pairs, counts in pairs_of_chunks(job):
             yield pairs
             total.update(counts)
@@ -106,7 +106,7 @@ def _opened(
             say(f"{count} x {reason}")
         if imported.left_out:
             say(f"{len(imported.left_out)} bad rows were left out, the first being {imported.left_out[0]}")
-        with cluster(Needs([Part("data task", 1, {"CPU": 1.0})]), local_cpus=os.cpu_count() or 1):
+        with cluster(Needs([Group("data task", 1, {"CPU": 1.0})]), local_cpus=os.cpu_count() or 1):
             yield imported
 
 

@@ -15,13 +15,13 @@ from calm_ray.core.rows import Completion, Pair, Question, Vote, gold_of, rows_o
 from calm_ray.core.sections import Preferences
 from calm_ray.demo.generator import build_world
 from calm_ray.demo.translator import WorldTranslator
-from calm_ray.engines.text_service import Writers
+from calm_ray.engines.text_service import TextService
 from calm_ray.methods.calm.pairs import carry_over, draft_pairs, finish_pairs
 from calm_ray.methods.calm.vote_report import columns_of_pairs, count_samples
 from calm_ray.methods.calm.voting import Ballots, Election, ballots_of, elect, right_answers, vote_rows
 from calm_ray.methods.translation import ModelTranslator
 from calm_ray.prompts.passages import Translator
-from calm_ray.run.policies import BaseModel
+from calm_ray.run.policies import RunModel
 from calm_ray.run.stage import Stage
 
 
@@ -36,11 +36,11 @@ class PreferenceJob:
     languages: list[str]
     preferences: Preferences
     instruction: bool
-    model: BaseModel
+    model: RunModel
     seed: int
     round_number: int
     world_seed: int
-    writers: Writers
+    text_service: TextService
     max_new_tokens: int
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -81,19 +81,19 @@ class PreferenceJob:
         return rows_of(pa.concat_tables(files))
 
     def _translator(self) -> Translator:
-        return translator_named(self.preferences.translator, self.world_seed, self.writers, self.max_new_tokens)
+        return translator_named(self.preferences.translator, self.world_seed, self.text_service, self.max_new_tokens)
 
 
 @lru_cache(maxsize=1)
-def load_tokenizer(model: BaseModel) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: RunModel) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model.local_folder(weights=False), trust_remote_code=False)
 
 
-def translator_named(name: str, world_seed: int, writers: Writers, max_new_tokens: int) -> Translator:
+def translator_named(name: str, world_seed: int, text_service: TextService, max_new_tokens: int) -> Translator:
     """The translator that `preferences.translator` names."""
     if name == "world":
         return world_translator(world_seed)
-    return ModelTranslator(lambda messages: writers(messages, max_new_tokens))
+    return ModelTranslator(lambda messages: text_service(messages, max_new_tokens))
 
 
 @lru_cache(maxsize=1)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from calm_ray.core.rows import CandidateSet, Completion, Question, rows_of, table
-from calm_ray.engines.text_service import Writers
+from calm_ray.engines.text_service import TextService
 from calm_ray.methods.calm.step import load_tokenizer, translator_named
 from calm_ray.methods.dco.sampled_candidates import candidate_sets, carry, draw
-from calm_ray.run.policies import BaseModel
+from calm_ray.run.policies import RunModel
 from calm_ray.run.stage import Stage
 
 
@@ -22,14 +22,14 @@ class OwnCandidates:
     completions: Stage
     output: Stage
     languages: list[str]
-    model: BaseModel
+    model: RunModel
     translator: str
     instruction: bool
     most: int
     seed: int
     round_number: int
     world_seed: int
-    writers: Writers
+    text_service: TextService
     max_new_tokens: int
     context_tokens: int | None
     """The most tokens of a prompt and a candidate that the engines take; None where nothing says it."""
@@ -44,7 +44,7 @@ class OwnCandidates:
         }
         completions = self._completions(chunk)
         drawn = {key: draw(completions[key], self.most, self.seed, self.round_number) for key in questions}
-        translator = translator_named(self.translator, self.world_seed, self.writers, self.max_new_tokens)
+        translator = translator_named(self.translator, self.world_seed, self.text_service, self.max_new_tokens)
         tokenizer = load_tokenizer(self.model)
         sets = [
             one

@@ -12,16 +12,17 @@ from typing import Any, Literal
 
 from calm_ray.cluster.over_chunks import count_over, over_chunks
 from calm_ray.config import Config
-from calm_ray.core.console import step
+from calm_ray.core.console import progress_bar
 from calm_ray.core.sections import Candidates
 from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.requests import Score
 from calm_ray.engines.stage_runner import over_chunks_and_languages
 from calm_ray.evaluation.from_scores import ScoreCounter
+from calm_ray.methods.candidates import candidate_form
 from calm_ray.methods.dco.optimum import OptimumCounter
 from calm_ray.methods.dco.sampled_step import OwnCandidates
 from calm_ray.methods.dco.step import CandidatePairs
-from calm_ray.prompts.candidates import CandidateForm
-from calm_ray.run.directory import RunDir
+from calm_ray.run.directory import RunDirectory
 from calm_ray.run.policies import Policy
 from calm_ray.run.stage import Stage
 
@@ -32,7 +33,7 @@ Part = Literal["score", "evaluate"]
 @dataclass(frozen=True)
 class Scoring:
     config: Config
-    run: RunDir
+    run: RunDirectory
     pool: EnginePool
     settings: Candidates
 
@@ -53,10 +54,9 @@ class Scoring:
         started = time.monotonic()
         self.pool.load(policy)
         refreshed = time.monotonic()
-        form = CandidateForm(self.settings, self.config.world.seed)
-        over_chunks_and_languages(
-            self.pool, self.run.bad_prompts, "score", title, questions, output, languages, form=form
-        )
+        form = candidate_form(self.settings, self.config.world.seed)
+        request = Score(form, with_prompt=self.settings.score == "mean_full")
+        over_chunks_and_languages(self.pool, self.run.bad_prompts, request, title, questions, output, languages)
         report = ScoreCounter(output, languages, self.settings.score).report()
         return output.finish(
             {
@@ -83,7 +83,7 @@ class Scoring:
             return
         chunks = sorted(job.questions.chunks())
         there, made = job.output.chunks(), Counter[str]()
-        with step(f"round {job.round_number}: candidates", len(chunks)) as progress:
+        with progress_bar(f"round {job.round_number}: candidates", len(chunks)) as progress:
             progress.advance(len(there))
             for row in over_chunks(job, [chunk for chunk in chunks if chunk not in there]):
                 made.update({key: row[key] for key in ("questions", "candidates")})
@@ -107,7 +107,7 @@ class Scoring:
         )
         chunks = sorted(self._asked(number, "score").chunks())
         there = pairs.chunks()
-        with step(f"round {number}: pair candidates", len(chunks)) as progress:
+        with progress_bar(f"round {number}: pair candidates", len(chunks)) as progress:
             progress.advance(len(there))
             for row in over_chunks(job, [chunk for chunk in chunks if chunk not in there]):
                 progress.advance(note=f"{row['pairs']} pairs in {row['chunk']}")

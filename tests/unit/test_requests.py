@@ -1,7 +1,7 @@
 from factories import question
 
-from calm_ray.engines.completion import complete, predict
 from calm_ray.engines.generator import Decoding
+from calm_ray.engines.requests import Answer, Sample
 from calm_ray.prompts.rendering import encode_prompt, plain_prompt
 from calm_ray.testing import ScriptedGenerator, word_tokenizer
 
@@ -13,7 +13,9 @@ DECODING = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=8)
 def test_completions_are_rows_that_name_their_policy() -> None:
     generator = ScriptedGenerator(word_tokenizer(WORDS), lambda prompt, number: f"Answer: {'AB-'[number]}")
     generator.policy = "r0001-abcd"
-    rows = complete(generator, [question(choices=2)], DECODING, instruction=False, seed=0, round_number=2)
+    served = Sample(DECODING, seed=0, round_number=2, instruction=False).serve(generator, [question(choices=2)])
+    rows = served.rows
+    assert served.counts == {"tokens": sum(len(row["token_ids"]) for row in rows), "unreadable": 1}
     assert [row["answer"] for row in rows] == ["A", "B", None]
     assert [row["sample"] for row in rows] == [0, 1, 2]
     assert {row["policy"] for row in rows} == {"r0001-abcd"}
@@ -23,8 +25,9 @@ def test_completions_are_rows_that_name_their_policy() -> None:
 
 def test_letters_beyond_the_questions_choices_are_no_answers() -> None:
     generator = ScriptedGenerator(word_tokenizer(WORDS), lambda prompt, number: "Answer: C")
-    assert predict(generator, [question(choices=2)], instruction=False, max_new_tokens=8)[0]["answer"] is None
-    assert predict(generator, [question(choices=3)], instruction=False, max_new_tokens=8)[0]["answer"] == "C"
+    request = Answer(max_new_tokens=8, instruction=False)
+    assert request.serve(generator, [question(choices=2)]).rows[0]["answer"] is None
+    assert request.serve(generator, [question(choices=3)]).rows[0]["answer"] == "C"
 
 
 def test_seeds_depend_on_the_question_not_on_its_place() -> None:
@@ -38,9 +41,9 @@ def test_seeds_depend_on_the_question_not_on_its_place() -> None:
     tokenizer = word_tokenizer([*WORDS, "fr", "q2?"])
     generator = Recorder(tokenizer, lambda prompt, number: "Answer: A")
     questions = [question("q1", "en"), question("q2", "en"), question("q1", "fr")]
-    complete(generator, questions, DECODING, instruction=False, seed=0, round_number=1)
-    complete(generator, questions[::-1], DECODING, instruction=False, seed=0, round_number=1)
-    complete(generator, questions, DECODING, instruction=False, seed=0, round_number=2)
+    Sample(DECODING, seed=0, round_number=1, instruction=False).serve(generator, questions)
+    Sample(DECODING, seed=0, round_number=1, instruction=False).serve(generator, questions[::-1])
+    Sample(DECODING, seed=0, round_number=2, instruction=False).serve(generator, questions)
     assert seen[0] == seen[1]
     assert len(set(seen[0].values())) == 3
     assert not set(seen[0].values()) & set(seen[2].values())

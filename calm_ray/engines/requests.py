@@ -1,0 +1,165 @@
+"""What an engine is asked: typed requests, from a step to the engine's actor, and what comes back.
+
+A `ChunkRequest` is asked of one language of one chunk of questions, and makes rows that are written into the run; a
+`Write` is asked of messages, and replies to whoever asked. Both are pure: they know a `Generator`, and neither Ray nor
+vLLM. A method may bring a `ChunkRequest` of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from calm_ray.core.rows import CandidateSet, Completion, Prediction, Question, Scored
+from calm_ray.core.seeds import derive_seed
+from calm_ray.engines.generator import Decoding, Generated, Generator
+from calm_ray.prompts.candidates import CandidateForm
+from calm_ray.prompts.extraction import read_answers
+from calm_ray.prompts.questions import prompt_text
+from calm_ray.prompts.rendering import encode_prompt
+
+Counts = dict[str, int]
+"""What is counted in the rows of a chunk; it is kept in the chunk's manifest entry."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a request made of one language of a chunk."""
+
+    kind: type
+    """The type of the rows, one of `calm_ray.core.rows`."""
+    rows: Sequence[Any]
+    counts: Counts = field(default_factory=dict)
+
+
+class ChunkRequest(ABC):
+    """A question to a policy, asked of every chunk in every language. Picklable."""
+
+    @abstractmethod
+    def serve(self, generator: Generator, rows: Sequence[Any], skipped: Sequence[Any] = ()) -> Served:
+        """Serves one language of a chunk; `skipped` are its rows that crash every engine, which must not be asked."""
+
+
+@dataclass(frozen=True)
+class Sample(ChunkRequest):
+    """`decoding.samples` completions of each question."""
+
+    decoding: Decoding
+    seed: int
+    """A question's own seed is a hash of (seed, round, question, language): any engine may serve it."""
+    round_number: int
+    instruction: bool = True
+    extraction: str = "strict"
+    """How answers are read (`calm_ray.prompts.extraction.EXTRACTORS`)."""
+
+    def serve(self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()) -> Served:
+        prompts = [encode_prompt(generator.tokenizer, prompt_text(row, self.instruction)) for row in rows]
+        seeds = [derive_seed(self.seed, self.round_number, row["question_id"], row["language"]) for row in rows]
+        found: list[Completion] = []
+        for question, prompt, generated in zip(
+            rows, prompts, generator.generate(prompts, self.decoding, seeds), strict=True
+        ):
+            texts = [completion.text for completion in generated]
+            answers = read_answers(self.extraction, texts, question["language"], question["choices"])
+            for number, (completion, answer) in enumerate(zip(generated, answers, strict=True)):
+                found.append(self._row(question, prompt, completion, answer, number, generator.policy))
+        tokens = sum(len(row["token_ids"]) for row in found)
+        return Served(Completion, found, {"tokens": tokens, "unreadable": _unreadable(found)})
+
+    def _row(
+        self, question: Question, prompt: list[int], completion: Generated, answer: str | None, number: int, policy: str
+    ) -> Completion:
+        return Completion(
+            question_id=question["question_id"],
+            language=question["language"],
+            sample=number,
+            round=self.round_number,
+            text=completion.text,
+            prompt_token_ids=prompt,
+            token_ids=completion.token_ids,
+            logp=completion.logp,
+            answer=answer,
+            policy=policy,
+            finish_reason=completion.finish_reason,
+        )
+
+
+@dataclass(frozen=True)
+class Answer(ChunkRequest):
+    """The greedy answer to each question."""
+
+    max_new_tokens: int
+    instruction: bool = True
+    extraction: str = "strict"
+
+    def serve(self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()) -> Served:
+        sample = Sample(_greedy(self.max_new_tokens), 0, 0, self.instruction, self.extraction)
+        found = [
+            Prediction(
+                question_id=row["question_id"],
+                language=row["language"],
+                answer=row["answer"],
+                text=row["text"],
+                policy=row["policy"],
+            )
+            for row in sample.serve(generator, rows).rows
+        ]
+        found += [_unanswered(question, generator.policy) for question in skipped]
+        return Served(Prediction, found, {"unreadable": _unreadable(found)})
+
+
+@dataclass(frozen=True)
+class Score(ChunkRequest):
+    """How likely the policy finds each candidate of each question."""
+
+    form: CandidateForm | None
+    """Makes the candidates of a question; None where the rows are candidate sets already."""
+    with_prompt: bool = False
+    """Whether the prompt's own tokens are scored as well."""
+
+    def serve(self, generator: Generator, rows: Sequence[Any], skipped: Sequence[Any] = ()) -> Served:
+        sets: Sequence[CandidateSet] = rows
+        if self.form is not None:
+            sets = [self.form.of(question, generator.tokenizer) for question in rows]
+        found = generator.score(
+            [row["prompt_token_ids"] for row in sets], [row["token_ids"] for row in sets], with_prompt=self.with_prompt
+        )
+        scored = [
+            Scored(**row, logps=each.logps, prompt_logp=each.prompt_logp, policy=generator.policy)
+            for row, each in zip(sets, found, strict=True)
+        ]
+        return Served(Scored, scored)
+
+
+@dataclass(frozen=True)
+class Write:
+    """The policy's greedy reply to each message, for translators; nothing to one that is too long to be read."""
+
+    messages: tuple[str, ...]
+    max_new_tokens: int
+
+    def serve(self, generator: Generator) -> list[str]:
+        prompts = [encode_prompt(generator.tokenizer, message) for message in self.messages]
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < generator.context_tokens]
+        generated = generator.generate([prompts[i] for i in fitting], _greedy(self.max_new_tokens), [0] * len(fitting))
+        replies = [""] * len(self.messages)
+        for i, (completion,) in zip(fitting, generated, strict=True):
+            replies[i] = completion.text
+        return replies
+
+
+def _greedy(max_new_tokens: int) -> Decoding:
+    return Decoding(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=max_new_tokens)
+
+
+def _unreadable(rows: Sequence[Completion] | Sequence[Prediction]) -> int:
+    return sum(row["answer"] is None for row in rows)
+
+
+def _unanswered(question: Question, policy: str) -> Prediction:
+    """Placeholder prediction for a bad prompt."""
+    return Prediction(
+        question_id=question["question_id"], language=question["language"], answer=None, text="", policy=policy
+    )
