@@ -28,7 +28,8 @@ from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.testing import write_tiny_model
-from calm_ray.training.loop import TrainJob
+from calm_ray.training.job import TrainJob
+from calm_ray.training.objectives import DPO
 from calm_ray.training.workers import train_round
 
 LANGUAGES = ["cn", "de", "en", "fr", "it", "ja"]
@@ -114,7 +115,7 @@ def train(
         engine=engine, learning_rate=1e-5, warmup_share=0.1, epochs=1, batch_pairs=batch_pairs, validation_share=0,
         dtype="float32", workers=workers, lora=Lora(), max_pair_tokens=512,
     )  # fmt: skip
-    job = TrainJob(pairs, output, RunModel(str(model)), Policy(), Policy(), settings, "dpo", 0, 1)
+    job = TrainJob(pairs, output, RunModel(str(model)), Policy(), Policy(), settings, DPO(0.1), 0, 1)
     metrics: list[dict[str, float]] = []
     train_round(job, "cpu", metrics.append)
     steps = [row["seconds"] for row in metrics if "seconds" in row]

@@ -16,6 +16,7 @@ from calm_ray.questions.reader import take_in
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
+from calm_ray.training.trees import Branch, Comparison, Tree
 
 
 def question(question_id: str = "q1", language: str = "en", choices: int = 4, gold: str | None = None) -> Question:
@@ -78,6 +79,12 @@ def token_pair(number: int, rng: random.Random) -> Pair:
         chosen_answer="A", rejected_answer="B", chosen_language="en", policy="base",
         target_margin=None,
     )  # fmt: skip
+
+
+def tree(prompt: list[int], *branches: list[int], number: int = 0, question_id: str = "q") -> Tree:
+    """A prompt and what follows it; two branches are compared."""
+    comparisons = (Comparison(0, 1),) if len(branches) == 2 else ()
+    return Tree(question_id, "en", number, prompt, tuple(Branch(tokens) for tokens in branches), comparisons)
 
 
 def pairs_stage(folder: Path, count: int = 48) -> Stage:

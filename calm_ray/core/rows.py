@@ -155,22 +155,37 @@ class Scored(CandidateSet):
     policy: str
 
 
-class Margin(TypedDict):
-    """What the reference policy says of a pair, before training. Produced and consumed by `training`.
-
-    Log-probabilities are sums over a completion's tokens, in nats.
+class Dialogue(TypedDict):
+    """A dialogue to train on, of which some stretches are scored. Produced by methods, consumed by `training`.
 
     Example:
-        {"question_id": "q17", "language": "fr", "pair": 0, "reference": "base", "ref_chosen_logps": -21.5,
-         "ref_rejected_logps": -3.25}
+        {"question_id": "q17", "language": "fr", "number": 0, "token_ids": [5, 9, 7, 1, 5, 8, 1],
+         "scored": [False, False, True, True, False, True, True]}
     """
 
     question_id: str
     language: str
-    pair: int
+    number: int
+    """Numbers the dialogues of a question in a language."""
+    token_ids: list[int]
+    scored: list[bool]
+    """Which tokens are trained on: the assistant's, as a rule."""
+
+
+class ReferenceLogps(TypedDict):
+    """What the reference policy says of a training row, before training. Produced and consumed by `training`.
+
+    Example:
+        {"question_id": "q17", "language": "fr", "number": 0, "reference": "base", "logps": [-21.5, -3.25]}
+    """
+
+    question_id: str
+    language: str
+    number: int
+    """Of the pair or dialogue."""
     reference: str
-    ref_chosen_logps: float
-    ref_rejected_logps: float
+    logps: list[float]
+    """Summed log-probability of each branch's scored tokens, in nats: of a pair its chosen and its rejected side."""
 
 
 class Prediction(TypedDict):

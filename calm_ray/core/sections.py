@@ -282,6 +282,9 @@ class Train(Section):
     beta: Positive = 0.1
     sft_weight: NonNegative = 0.0
     """Weight of an added mean negative log-likelihood of the chosen side."""
+    sft_mean: Literal["row", "token"] = "row"
+    """Supervised training: the mean over each row's tokens, then over rows; or over all tokens of a step, as TRL's
+    SFTTrainer has it."""
     learning_rate: Positive
     epochs: Count = 3
     warmup_share: Share

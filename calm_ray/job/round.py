@@ -20,15 +20,17 @@ from calm_ray.evaluation.report import evaluation_report
 from calm_ray.job.prompt_limits import context_tokens
 from calm_ray.methods.calm.step import PreferenceJob
 from calm_ray.methods.calm.vote_report import sample_report
+from calm_ray.methods.dco.objective import DCO
 from calm_ray.methods.dco.sampled_step import OwnCandidates
 from calm_ray.methods.dco.scoring import Scoring
 from calm_ray.run.directory import RunDirectory
 from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
-from calm_ray.training.loop import TrainJob
+from calm_ray.training.job import TrainJob
+from calm_ray.training.objectives import DPO, SFT, Objective
 from calm_ray.training.workers import train_round
 
-TRAINED = ("margins.parquet", "metrics.json", "policy.json")
+TRAINED = ("reference.parquet", "metrics.json", "policy.json")
 """What training leaves beside the policy's own files."""
 COLLAPSE_NATS = 1.0
 """A fall of the chosen sides' log-probability per token, from the reference, that is worth a warning."""
@@ -170,17 +172,22 @@ class Stages:
 
     def _train_job(self, number: int, start: Policy) -> TrainJob:
         return TrainJob(
-            pairs=self.run.stage(number, "pairs"),
+            examples=self.run.stage(number, "pairs"),
             output=self.run.stage(number, "train"),
             model=self.model,
             start=start,
             reference=self._reference(start),
             train=self.config.train,
-            objective=self.config.objective,
-            dco_loss=self.config.dco.loss,
+            objective=self._objective(),
             seed=self.config.seed,
             round_number=number,
         )
+
+    def _objective(self) -> Objective:
+        train = self.config.train
+        if self.config.objective == "dco":
+            return DCO(train.beta, self.config.dco.loss)
+        return SFT(train.sft_mean) if self.config.objective == "sft" else DPO(train.beta, train.sft_weight)
 
     def _reference(self, start: Policy) -> Policy:
         """What a round's margins are measured against."""
@@ -200,7 +207,7 @@ class Stages:
                     change = row.get("train/chosen_change_per_token")  # neither DCO nor TRL tell
                     chosen = f", chosen {change:+.2f} nats/token" if change is not None else ""
                     progress.advance(note=f"loss {row['train/loss']:.3f}{chosen}")
-                    is_dpo = job.objective == "dpo"
+                    is_dpo = isinstance(job.objective, DPO)
                     if is_dpo and change is not None and change < -COLLAPSE_NATS and not warned:
                         warned = True
                         say(

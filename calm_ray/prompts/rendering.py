@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from calm_ray.core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,3 +32,19 @@ def plain_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
 def _in_chat_template(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
     chat = [{"role": "user", "content": message}]
     return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+def encode_dialogue(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+) -> tuple[list[int], list[bool]]:
+    """A dialogue's token ids in the model's chat template, and which of them the assistant wrote.
+
+    `messages` have a `role` and a `content`, as chat templates take them. Raises InputError where the template does not
+    mark what the assistant writes (`{% generation %}`).
+    """
+    if "{% generation %}" not in (tokenizer.chat_template or "").replace("{%-", "{%").replace("-%}", "%}"):
+        raise InputError("model: its chat template does not mark the assistant's turns with {% generation %}")
+    found: Any = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return list(found["input_ids"]), [bool(mask) for mask in found["assistant_masks"]]

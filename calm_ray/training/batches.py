@@ -1,7 +1,7 @@
-"""From pairs to packed batches: which pairs a step takes, which worker computes them, and how they lie in memory.
+"""From trees to packed batches: which trees a step takes, which worker computes them, and how they lie in memory.
 
-A step takes `batch_pairs` pairs over all workers. How many workers there are, and how much fits into one forward pass,
-decide only where a pair is computed, never which pairs a step takes or how they are weighed.
+A step takes `batch_pairs` trees over all workers. How many workers there are, and how much fits into one forward pass,
+decide only where a tree is computed, never which trees a step takes or how they are weighed.
 """
 
 from __future__ import annotations
@@ -14,62 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calm_ray.core.rows import Pair
 from calm_ray.core.seeds import derive_seed, rng_of
+from calm_ray.training.trees import Branch, Tree
 
 IGNORED = -100
 """Label of positions that are not scored."""
 
 
-Key = tuple[str, str, int]
-"""Question, language and number of a pair."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A pair as the trainer sees it."""
-
-    question_id: str
-    language: str
-    pair: int
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    target: float | None = None
-    """What beta times the margin is fitted to (DCO)."""
-
-    @property
-    def key(self) -> Key:
-        return self.question_id, self.language, self.pair
-
-    def sequences(self, chosen_only: bool) -> list[tuple[list[int], list[int]]]:
-        """(prompt, completion) of each side that is computed."""
-        sides = [self.chosen] if chosen_only else [self.chosen, self.rejected]
-        return [(self.prompt, side) for side in sides]
-
-    def tokens(self, chosen_only: bool) -> int:
-        return sum(len(prompt) + len(side) for prompt, side in self.sequences(chosen_only))
-
-    @property
-    def longest(self) -> int:
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
-
-def example_of(row: Pair) -> Example:
-    return Example(
-        row["question_id"],
-        row["language"],
-        row["pair"],
-        row["prompt_token_ids"],
-        row["chosen_token_ids"],
-        row["rejected_token_ids"],
-        row.get("target_margin"),
-    )
-
-
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences end to end without padding, one row. T tokens, N sequences (chosen, rejected, chosen, ...).
+    """Branches end to end without padding, each behind its prompt, in one row. T tokens, N branches, tree by tree.
 
     `labels` are shifted: position t holds the token that position t predicts, or IGNORED.
     """
@@ -77,7 +31,7 @@ class PackedBatch:
     input_ids: Tensor
     """[1, T]"""
     position_ids: Tensor
-    """[1, T], from 0 in each sequence."""
+    """[1, T], from 0 in each branch's sequence."""
     labels: Tensor
     """[1, T]"""
     sequence_ids: Tensor
@@ -94,22 +48,22 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def pack(examples: Sequence[Example], chosen_only: bool) -> PackedBatch:
-    """Lays the examples' sequences end to end."""
+def pack(trees: Sequence[Tree]) -> PackedBatch:
+    """Lays the trees' branches end to end, each behind a prompt of its own."""
     tokens: list[int] = []
     positions: list[int] = []
     labels: list[int] = []
     owners: list[int] = []
     boundaries = [0]
     lengths: list[int] = []
-    for number, (prompt, side) in enumerate(s for example in examples for s in example.sequences(chosen_only)):
-        sequence = prompt + side
+    for number, (prompt, branch) in enumerate((tree.prompt, branch) for tree in trees for branch in tree.branches):
+        sequence = prompt + branch.tokens
         tokens += sequence
         positions += range(len(sequence))
-        labels += [IGNORED] * (len(prompt) - 1) + side + [IGNORED]
+        labels += [IGNORED] * (len(prompt) - 1) + _labels(branch) + [IGNORED]
         owners += [number] * len(sequence)
         boundaries.append(len(tokens))
-        lengths.append(len(side))
+        lengths.append(branch.scored_tokens)
     return PackedBatch(
         input_ids=torch.tensor([tokens]),
         position_ids=torch.tensor([positions]),
@@ -119,6 +73,13 @@ def pack(examples: Sequence[Example], chosen_only: bool) -> PackedBatch:
         longest=max(end - start for start, end in itertools.pairwise(boundaries)),
         completion_lengths=torch.tensor(lengths, dtype=torch.float32),
     )
+
+
+def _labels(branch: Branch) -> list[int]:
+    """A branch's tokens, or IGNORED where they are not scored."""
+    if branch.scored is None:
+        return branch.tokens
+    return [token if scored else IGNORED for token, scored in zip(branch.tokens, branch.scored, strict=True)]
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

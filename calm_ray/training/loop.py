@@ -2,78 +2,47 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from calm_ray.config import Objective
-from calm_ray.core.rows import Margin, Pair, rows_of
-from calm_ray.core.sections import Train
-from calm_ray.run.policies import Policy, RunModel, publish
-from calm_ray.run.stage import Stage
+from calm_ray.core.rows import ReferenceLogps
+from calm_ray.run.policies import Policy, publish
 from calm_ray.training import checkpoint
-from calm_ray.training.agreement import Agreement
-from calm_ray.training.batches import Example, Key, epoch_order, example_of, is_validation, pack, worker_packs
+from calm_ray.training.batches import epoch_order, is_validation, pack, worker_packs
 from calm_ray.training.checkpoint import Position
 from calm_ray.training.checkpoint_triggers import PreemptedNodes, PreemptionNotices, Timer, none_preempted
+from calm_ray.training.job import TrainJob
 from calm_ray.training.model import PolicyModel
-from calm_ray.training.objectives import dco_losses, dpo_losses, learning_rate_factor, sft_losses
-from calm_ray.training.reference import Portion, margins_of, margins_once
-from calm_ray.training.step_metrics import SUMS, means, sums_of
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """One round's training. Picklable; sent to every worker."""
-
-    pairs: Stage
-    output: Stage
-    model: RunModel
-    start: Policy
-    """What the round starts from."""
-    reference: Policy
-    train: Train
-    objective: Objective
-    seed: int
-    round_number: int
-    dco_loss: Literal["absolute", "huber", "squared"] = "absolute"
-    checkpoint_seconds: float = math.inf
-    """The longest time between two checkpoints, but for one step."""
-
-    @property
-    def chosen_only(self) -> bool:
-        return self.objective == "sft"
-
-    @property
-    def kind(self) -> Literal["adapter", "weights"]:
-        return "adapter" if self.train.lora is not None else "weights"
-
+from calm_ray.training.objectives import Measured
+from calm_ray.training.reference import Logps, Portion, reference_once, rows_of_batch
+from calm_ray.training.schedule import learning_rate_factor
+from calm_ray.training.trees import Tree, read_trees
 
 Report = Callable[[dict[str, Any]], None]
 """Takes a step's metrics; called on the first worker only."""
 
 
 def train_policy(
-    job: TrainJob, device: torch.device, report: Report, doomed: PreemptedNodes = none_preempted
+    job: TrainJob, device: torch.device, report: Report, preempted: PreemptedNodes = none_preempted
 ) -> Policy:
-    """Trains one round and writes its margins, metrics and policy. Called by every worker of the process group.
+    """Trains one round and writes its reference log-probabilities, metrics and policy. Collective: call on all ranks.
 
-    Goes on from the newest whole checkpoint that an earlier attempt left, with any number of workers; writes one every
-    `train.checkpoint_steps` steps, after each epoch, when another machine is doomed, and when there was none for more
-    than `job.checkpoint_seconds`.
+    Resumes from the newest whole checkpoint that an earlier attempt left, with any number of workers; writes one every
+    `train.checkpoint_steps` steps, after each epoch, when another node is about to be preempted, and when there was
+    none for more than `job.checkpoint_seconds`.
     """
     training, validation, too_long = read_examples(job)
     policy_model = PolicyModel(job.model.local_folder(), job.train, device)
-    trainer = Trainer(job, policy_model, report, doomed)
-    trainer.margins = trainer.reference_margins(training + validation)
+    trainer = Trainer(job, policy_model, report, preempted)
+    trainer.ref_logps = trainer.reference_logps(training + validation)
     policy_model.load(job.start, job.seed)
     trainer.fit(training, validation, too_long)
     with checkpoint.scratch_folder(job.output.storage) as scratch:
@@ -88,46 +57,42 @@ def train_policy(
     return found[0]
 
 
-def read_examples(job: TrainJob) -> tuple[list[Example], list[Example], int]:
+def read_examples(job: TrainJob) -> tuple[list[Tree], list[Tree], int]:
     """The training and the validation examples, in the same order on every worker, and how many were too long."""
-    columns = ["question_id", "language", "pair", "prompt_token_ids", "chosen_token_ids", "rejected_token_ids"]
-    if job.objective == "dco":
-        columns.append("target_margin")
-    rows: list[Pair] = rows_of(job.pairs.read(columns))
-    examples = [example_of(row) for row in rows]
-    fitting = [example for example in examples if example.longest <= job.train.max_pair_tokens]
-    parts: tuple[list[Example], list[Example]] = ([], [])
-    for example in fitting:
-        parts[is_validation(example.question_id, job.train.validation_share, job.seed)].append(example)
+    trees = read_trees(job.examples, job.objective.sides)
+    fitting = [tree for tree in trees if tree.longest <= job.train.max_pair_tokens]
+    parts: tuple[list[Tree], list[Tree]] = ([], [])
+    for tree in fitting:
+        parts[is_validation(tree.question_id, job.train.validation_share, job.seed)].append(tree)
     # Too few questions to spare any, or all of them drawn: train on what there is.
     training, validation = parts if parts[0] else (parts[1], [])
-    return training, validation, len(examples) - len(fitting)
+    return training, validation, len(trees) - len(fitting)
 
 
 class Trainer:
     """The state of one round's training on one worker."""
 
     def __init__(
-        self, job: TrainJob, policy_model: PolicyModel, report: Report, doomed: PreemptedNodes = none_preempted
+        self, job: TrainJob, policy_model: PolicyModel, report: Report, preempted: PreemptedNodes = none_preempted
     ) -> None:
         self.job = job
         self.policy_model = policy_model
         self.report = report
-        self.notices = PreemptionNotices(doomed)
+        self.notices = PreemptionNotices(preempted)
         self.timer = Timer(job.checkpoint_seconds, policy_model.device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.margins: dict[Key, Margin] = {}
-        self.preferred = Agreement() if job.objective == "dco" else None
+        self.ref_logps: Logps = {}
+        self.watch = job.objective.watch()
         self.metrics: list[dict[str, Any]] = []
         self._saved_step = 0
 
-    def packs(self, examples: Sequence[Example]) -> list[list[Example]]:
+    def packs(self, examples: Sequence[Tree]) -> list[list[Tree]]:
         """This worker's packs of some examples; the same number on every worker."""
-        sizes = [example.tokens(self.job.chosen_only) for example in examples]
+        sizes = [example.tokens for example in examples]
         packs = worker_packs(sizes, self.rank, self.world, self.job.train.pack_tokens)
         return [[examples[i] for i in pack] for pack in packs]
 
-    def fit(self, training: list[Example], validation: list[Example], too_long: int) -> None:
+    def fit(self, training: list[Tree], validation: list[Tree], too_long: int) -> None:
         """Trains from the newest whole checkpoint, or from the start, to the end."""
         train = self.job.train
         optimizer = torch.optim.AdamW(
@@ -139,15 +104,15 @@ class Trainer:
         if start is None:
             start = Position()
             self.note(steps=steps, pairs=len(training), validation_pairs=len(validation), too_long_pairs=too_long)
-            self.note_same_preference("reference", step=0)
+            self.note_watch("reference", step=0)
         step = start.step
         for epoch in range(start.epoch, train.epochs):
             order = epoch_order(len(training), self.job.seed, epoch)
             for batch in range(start.batches if epoch == start.epoch else 0, batches):
                 first = batch * train.batch_pairs
-                pairs = [training[i] for i in order[first : first + train.batch_pairs]]
+                trees = [training[i] for i in order[first : first + train.batch_pairs]]
                 factor = learning_rate_factor(step, steps, train.warmup_share, train.schedule)
-                measured = self.step(optimizer, pairs, train.learning_rate * factor)
+                measured = self.step(optimizer, trees, train.learning_rate * factor)
                 step += 1
                 self.note(step=step, epoch=epoch, **measured)
                 is_noticed, is_due = self.notices.is_new(), self.timer.is_due()
@@ -155,26 +120,26 @@ class Trainer:
                     self.save(optimizer, Position(step, epoch, batch + 1), len(training))
                 if is_noticed:
                     self.tell(noticed=step)
-            self.note_same_preference("train", step=step, epoch=epoch)
+            self.note_watch("train", step=step, epoch=epoch)
             if validation:
-                self.note(step=step, epoch=epoch, **means(self.evaluate(validation), "validation", self.job.objective))
-                self.note_same_preference("validation", step=step, epoch=epoch)
+                self.note(step=step, epoch=epoch, **self.metrics_of(self.evaluate(validation), "validation"))
+                self.note_watch("validation", step=step, epoch=epoch)
             if self._saved_step != step:
                 self.save(optimizer, Position(step, epoch + 1), len(training))
 
-    def step(self, optimizer: torch.optim.Optimizer, pairs: list[Example], learning_rate: float) -> dict[str, float]:
+    def step(self, optimizer: torch.optim.Optimizer, trees: list[Tree], learning_rate: float) -> dict[str, float]:
         """One step of the optimiser; returns its metrics."""
         started = time.monotonic()
         (group,) = optimizer.param_groups
         group["lr"] = learning_rate
-        sums = self.forward_backward(pairs)
+        sums = self.forward_backward(trees)
         norm = torch.nn.utils.clip_grad_norm_(group["params"], self.job.train.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return {
             "grad_norm": float(norm), "learning_rate": learning_rate, "seconds": time.monotonic() - started,
-            **means(sums, "train", self.job.objective),
+            **self.metrics_of(sums, "train"),
         }  # fmt: skip
 
     def save(self, optimizer: torch.optim.Optimizer, position: Position, examples: int) -> None:
@@ -184,7 +149,7 @@ class Trainer:
             "position": asdict(position),
             "seed": self.job.seed,
             "examples": examples,
-            "preferred": self.preferred.as_json() if self.preferred is not None else None,
+            "watch": self.watch.state(),
             "metrics": self.metrics,
         }
         checkpoint.save(self.job.output.storage, position.step, parameters, optimizer, state)
@@ -200,8 +165,7 @@ class Trainer:
         if found is None or (found.state["seed"], found.state["examples"]) != (self.job.seed, examples):
             return None
         found.restore(self.policy_model.named_trainable(), optimizer)
-        if self.preferred is not None:
-            self.preferred.take_up(found.state["preferred"])
+        self.watch.restore(found.state["watch"])
         self._saved_step = found.step
         if self.rank == 0:
             self.metrics = found.state["metrics"]
@@ -222,78 +186,68 @@ class Trainer:
             self.metrics.append(line)
             self.report(line)
 
-    def note_same_preference(self, scope: str, **row: Any) -> None:
-        """With DCO: on how many pairs the languages agree, of those seen since this was last noted."""
-        share = self.preferred.same_share() if self.preferred is not None else None
-        if share is not None:
-            self.note(**row, **{f"{scope}/same_preference": share})
+    def note_watch(self, scope: str, **row: Any) -> None:
+        """Keeps what the objective's watch has seen since this was last noted."""
+        if seen := self.watch.note():
+            self.note(**row, **{f"{scope}/{name}": value for name, value in seen.items()})
 
-    def forward_backward(self, batch: Sequence[Example]) -> Tensor:
-        """Adds the gradient of the batch's mean loss; returns the batch's sums over all workers (see `SUMS`)."""
-        total = torch.zeros(len(SUMS), device=self.policy_model.device)
-        for examples in self.packs(batch):
-            losses, sums = self.losses(examples or [batch[0]])
-            weight = 1.0 if examples else 0.0
-            # FSDP averages gradients over the workers; the batch's mean is over its pairs, wherever they were computed.
-            (losses.sum() * weight * self.world / len(batch)).backward()
-            total += sums * weight
+    def metrics_of(self, sums: Tensor, scope: str) -> dict[str, float]:
+        """The objective's metrics of a batch from its sums over all workers."""
+        objective = self.job.objective
+        found = objective.metrics(dict(zip(objective.sums, sums.tolist(), strict=True)))
+        return {f"{scope}/{name}": value for name, value in found.items()}
+
+    def forward_backward(self, batch: Sequence[Tree]) -> Tensor:
+        """Adds the gradient of the batch's mean loss; returns its sums over all workers (`Objective.sums`)."""
+        objective = self.job.objective
+        total = torch.zeros(len(objective.sums), device=self.policy_model.device)
+        whole = sum(objective.weight(tree) for tree in batch)
+        for trees in self.packs(batch):
+            losses, sums = self.losses(trees or [batch[0]])
+            counts = 1.0 if trees else 0.0
+            # FSDP averages gradients over the workers; the batch's mean is over its trees, wherever they were computed.
+            (losses.sum() * counts * self.world / whole).backward()
+            total += sums * counts
         dist.all_reduce(total)
         return total
 
     @torch.no_grad()
-    def evaluate(self, examples: Sequence[Example]) -> Tensor:
-        total = torch.zeros(len(SUMS), device=self.policy_model.device)
-        for part in self.packs(examples):
-            _, sums = self.losses(part or [examples[0]])
+    def evaluate(self, trees: Sequence[Tree]) -> Tensor:
+        total = torch.zeros(len(self.job.objective.sums), device=self.policy_model.device)
+        for part in self.packs(trees):
+            _, sums = self.losses(part or [trees[0]])
             total += sums * (1.0 if part else 0.0)
         dist.all_reduce(total)
         return total
 
-    def losses(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """Each example's loss, [B], and the sums of its metrics."""
-        job, device = self.job, self.policy_model.device
-        batch = pack(examples, job.chosen_only).to(device)
-        logps = self.policy_model.logps(batch)
-        if job.chosen_only:
-            losses = sft_losses(logps, batch.completion_lengths)
-            return losses, sums_of(losses, logps, batch.completion_lengths)
-        chosen, rejected = logps[0::2], logps[1::2]
-        rows = [self.margins[example.key] for example in examples]
-        ref_chosen = torch.tensor([row["ref_chosen_logps"] for row in rows], device=device)
-        ref_rejected = torch.tensor([row["ref_rejected_logps"] for row in rows], device=device)
-        ref_margins = ref_chosen - ref_rejected
-        chosen_lengths = batch.completion_lengths[0::2]
-        distances = None
-        if job.objective == "dco":
-            targets = torch.tensor([example.target for example in examples], device=device)
-            margins = chosen - rejected - ref_margins
-            losses = dco_losses(margins, targets, beta=job.train.beta, kind=job.dco_loss)
-            distances = dco_losses(margins, targets, beta=job.train.beta)
-            assert self.preferred is not None
-            self.preferred.see(examples, chosen > rejected)
-        else:
-            losses = dpo_losses(chosen, rejected, ref_margins, beta=job.train.beta)
-        if job.train.sft_weight:
-            losses = losses + job.train.sft_weight * sft_losses(chosen, chosen_lengths)
-        return losses, sums_of(losses, chosen, chosen_lengths, rejected, ref_chosen, ref_rejected, distances)
+    def losses(self, trees: Sequence[Tree]) -> tuple[Tensor, Tensor]:
+        """Each tree's loss, [B], and the sums of its metrics."""
+        objective, device = self.job.objective, self.policy_model.device
+        batch = pack(trees).to(device)
+        ref_logps = None
+        if objective.needs_reference:
+            known = [value for tree in trees for value in self.ref_logps[tree.key]]
+            ref_logps = torch.tensor(known, device=device)
+        measured = Measured(trees, self.policy_model.logps(batch), batch.completion_lengths, ref_logps)
+        self.watch.see(measured)
+        return objective.losses(measured)
 
-    def reference_margins(self, examples: Sequence[Example]) -> dict[Key, Margin]:
-        """The reference's log-probabilities of every pair, known to every worker."""
-        if self.job.chosen_only:
+    def reference_logps(self, trees: Sequence[Tree]) -> Logps:
+        """The reference's log-probabilities of every tree, known to every worker; none where none are needed."""
+        if not self.job.objective.needs_reference:
             return {}
-        margins = margins_once(self.job.output, self.job.reference, examples, self._own_margins)
-        if self.preferred is not None:
-            self.preferred.see_reference(margins)
-        return margins
+        logps = reference_once(self.job.output, self.job.reference, trees, self._own_logps)
+        self.watch.see_reference(logps)
+        return logps
 
     @torch.no_grad()
-    def _own_margins(self, portions: Sequence[Portion]) -> Iterator[list[Margin]]:
-        """This worker's share of each portion's margins."""
+    def _own_logps(self, portions: Sequence[Portion]) -> Iterator[list[ReferenceLogps]]:
+        """This worker's share of each portion's log-probabilities."""
         self.policy_model.load(self.job.reference, self.job.seed)
         with self.policy_model.without_adapter() if self.job.reference.kind == "base" else nullcontext():
-            for examples in portions:
-                rows: list[Margin] = []
-                for part in self.packs(examples):
-                    batch = pack(part or [examples[0]], chosen_only=False).to(self.policy_model.device)
-                    rows += margins_of(part, self.policy_model.logps(batch), self.job.reference)
+            for trees in portions:
+                rows: list[ReferenceLogps] = []
+                for part in self.packs(trees):
+                    batch = pack(part or [trees[0]]).to(self.policy_model.device)
+                    rows += rows_of_batch(part, self.policy_model.logps(batch), self.job.reference)
                 yield rows

@@ -19,11 +19,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from calm_ray.core.rows import Margin
 from calm_ray.run.policies import Policy, publish
-from calm_ray.training.batches import Example, Key
-from calm_ray.training.loop import Report, Trainer, TrainJob, read_examples
+from calm_ray.training.job import TrainJob
+from calm_ray.training.loop import Report, Trainer, read_examples
 from calm_ray.training.model import PolicyModel, fresh_lora, lora_config
+from calm_ray.training.reference import Logps
+from calm_ray.training.trees import Tree
 
 
 class PairTrainer(DPOTrainer):
@@ -39,14 +40,14 @@ class PairTrainer(DPOTrainer):
 def train_with_trl(job: TrainJob, device: torch.device, report: Report) -> Policy:
     """Trains one round with TRL; writes the same things as `train_policy`. Called by every worker."""
     training, validation, too_long = read_examples(job)
-    margins = _reference_margins(job, device, training + validation)
+    ref_logps = _reference_logps(job, device, training + validation)
     metrics: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         trainer = PairTrainer(
             model=_start_model(job),
             args=_arguments(job, device, scratch, has_validation=bool(validation)),
-            train_dataset=_dataset(training, margins),
-            eval_dataset=_dataset(validation, margins) if validation else None,
+            train_dataset=_dataset(training, ref_logps),
+            eval_dataset=_dataset(validation, ref_logps) if validation else None,
             processing_class=AutoTokenizer.from_pretrained(job.model.local_folder(), trust_remote_code=False),
             callbacks=[_Metrics(job.round_number, too_long, metrics, report)],
         )
@@ -55,10 +56,10 @@ def train_with_trl(job: TrainJob, device: torch.device, report: Report) -> Polic
         return _publish(job, Path(scratch), metrics)
 
 
-def _reference_margins(job: TrainJob, device: torch.device, examples: list[Example]) -> dict[Key, Margin]:
+def _reference_logps(job: TrainJob, device: torch.device, examples: list[Tree]) -> Logps:
     """From calm_ray's own model, so that `train.reference` means the same for both engines."""
     model = PolicyModel(job.model.local_folder(), job.train, device)
-    return Trainer(job, model, lambda row: None).reference_margins(examples)
+    return Trainer(job, model, lambda row: None).reference_logps(examples)
 
 
 def _start_model(job: TrainJob) -> nn.Module:
@@ -114,15 +115,16 @@ def _arguments(job: TrainJob, device: torch.device, scratch: str, *, has_validat
     return DPOConfig(**{**settings, **extra})
 
 
-def _dataset(examples: list[Example], margins: dict[Key, Margin]) -> Dataset:
-    rows = [(example, margins[example.key]) for example in examples]
+def _dataset(trees: list[Tree], ref_logps: Logps) -> Dataset:
+    (chosen, rejected) = zip(*(tree.branches for tree in trees), strict=True)
+    (ref_chosen, ref_rejected) = zip(*(ref_logps[tree.key] for tree in trees), strict=True)
     return Dataset.from_dict(
         {
-            "prompt_ids": [example.prompt for example, _ in rows],
-            "chosen_ids": [example.chosen for example, _ in rows],
-            "rejected_ids": [example.rejected for example, _ in rows],
-            "ref_chosen_logps": [margin["ref_chosen_logps"] for _, margin in rows],
-            "ref_rejected_logps": [margin["ref_rejected_logps"] for _, margin in rows],
+            "prompt_ids": [tree.prompt for tree in trees],
+            "chosen_ids": [branch.tokens for branch in chosen],
+            "rejected_ids": [branch.tokens for branch in rejected],
+            "ref_chosen_logps": list(ref_chosen),
+            "ref_rejected_logps": list(ref_rejected),
         }
     )
 

@@ -27,7 +27,7 @@ from calm_ray.core.sections import Train
 from calm_ray.run.policies import Policy
 from calm_ray.run.storage import Storage
 from calm_ray.training import checkpoint
-from calm_ray.training.loop import TrainJob
+from calm_ray.training.job import TrainJob
 
 RESIZE_SECONDS = 60.0
 """How often it is looked whether there are places for more workers, or for fewer.

@@ -29,7 +29,8 @@ from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.training import workers
-from calm_ray.training.loop import TrainJob
+from calm_ray.training.job import TrainJob
+from calm_ray.training.objectives import DPO
 from calm_ray.training.workers import train_round
 
 Rows = list[dict[str, Any]]
@@ -52,7 +53,7 @@ def job_of(inputs: Path, output: Path, **changes: Any) -> TrainJob:
         **changes,
     }  # fmt: skip
     pairs, stage, base = Stage(Storage(str(inputs / "pairs"))), Stage(Storage(str(output))), Policy()
-    return TrainJob(pairs, stage, RunModel(str(inputs / "model")), base, base, Train(**settings), "dpo", 0, 1)
+    return TrainJob(pairs, stage, RunModel(str(inputs / "model")), base, base, Train(**settings), DPO(0.1), 0, 1)
 
 
 def metrics(output: Path) -> Rows:
@@ -138,9 +139,9 @@ def test_workers_may_be_lost_again_when_training_has_come_further(inputs: Path, 
 
 @pytest.mark.usefixtures("ray_8_cpus")
 def test_a_hopeless_error_is_not_tried_again(inputs: Path, tmp_path: Path) -> None:
-    (tmp_path / "margins.parquet").mkdir()  # where a file must go
+    (tmp_path / "reference.parquet").mkdir()  # where a file must go
     rows: Rows = []
-    with pytest.raises(StorageError, match=r"margins\.parquet could not be written"):
+    with pytest.raises(StorageError, match=r"reference\.parquet could not be written"):
         train_round(job_of(inputs, tmp_path), "cpu", rows.append)
     assert rows == []  # a worker that is started anew is told of
 

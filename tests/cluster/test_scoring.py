@@ -11,6 +11,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from factories import tree
 
 from calm_ray.core.sections import Engines, Lora, Train
 from calm_ray.engines.actor import EngineActor
@@ -20,7 +21,7 @@ from calm_ray.engines.vllm import MOST_LABELS
 from calm_ray.run.policies import Policy, RunModel, publish
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
-from calm_ray.training.batches import Example, pack
+from calm_ray.training.batches import pack
 from calm_ray.training.model import PolicyModel
 
 LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"])
@@ -114,9 +115,8 @@ def said(engine: Any, jobs: list[Job], with_prompt: bool = False) -> list[Likeli
 
 def trained(trainer: PolicyModel, asked: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
     """What the trainer makes of prompts and their completions, all in one batch."""
-    rows = [Example("q", "en", number, prompt, side, side) for number, (prompt, side) in enumerate(asked)]
     with torch.no_grad():
-        return trainer.logps(pack(rows, chosen_only=True))
+        return trainer.logps(pack([tree(prompt, side) for prompt, side in asked]))
 
 
 def logps(found: Sequence[Likelihoods]) -> torch.Tensor:

@@ -14,7 +14,6 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from transformers import AutoModelForCausalLM
 
-from calm_ray.config import Objective
 from calm_ray.core.errors import CalmRayError
 from calm_ray.core.rows import rows_of
 from calm_ray.core.sections import Lora, Train
@@ -22,7 +21,8 @@ from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
-from calm_ray.training.loop import TrainJob
+from calm_ray.training.job import TrainJob
+from calm_ray.training.objectives import DPO, SFT, Objective
 from calm_ray.training.workers import train_round
 
 pytestmark = pytest.mark.usefixtures("ray_8_cpus")
@@ -39,8 +39,13 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 
 def train(
-    model: Path, pairs: Stage, output: Path, start: Policy | None = None, objective: Objective = "dpo", **changes: Any
-) -> tuple[Policy, list[dict[str, Any]]]:
+    model: Path,
+    pairs: Stage,
+    output: Path,
+    start: Policy | None = None,
+    objective: Objective | None = None,
+    **changes: Any,
+) -> tuple[Policy, list[dict[str, Any]]]:  # fmt: skip
     """Trains one round; returns its policy and the metrics that reached the driver."""
     settings = {
         "learning_rate": 1e-2, "warmup_share": 0.1, "epochs": 2, "batch_pairs": 8, "dtype": "float32",
@@ -54,7 +59,7 @@ def train(
         start or Policy(),
         Policy(),
         Train(**settings),
-        objective,
+        objective or DPO(0.1),
         0,
         1 if start is None else 2,
     )
@@ -81,7 +86,7 @@ def test_two_workers_train_as_one(model: Path, pairs: Stage, tmp_path: Path) -> 
     assert validation[1] == pytest.approx(validation[0], abs=1e-4)
     for policy in (one, two, copies):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(policy.local_folder()))
-    margins = rows_of(Storage(str(tmp_path / "two")).read_table("margins.parquet"))
+    margins = rows_of(Storage(str(tmp_path / "two")).read_table("reference.parquet"))
     assert len(margins) == 48
     assert {row["reference"] for row in margins} == {"base"}
 
@@ -102,7 +107,7 @@ def test_all_weights_and_sft(model: Path, pairs: Stage, tmp_path: Path) -> None:
     assert policy.kind == "weights"
     assert curve(metrics)[0] == pytest.approx(0.6931472, abs=1e-4)
     AutoModelForCausalLM.from_pretrained(policy.local_folder())
-    _, sft = train(model, pairs, tmp_path / "sft", objective="sft", workers=2)
+    _, sft = train(model, pairs, tmp_path / "sft", objective=SFT(), workers=2)
     assert curve(sft)[-1] < curve(sft)[0] - 0.1
 
 

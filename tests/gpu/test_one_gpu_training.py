@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from calm_ray.core.sections import Lora, Train
 from calm_ray.run.policies import Policy
 from calm_ray.testing import word_tokenizer, write_tiny_model
-from calm_ray.training.batches import Example, example_of, pack
+from calm_ray.training.batches import pack
 from calm_ray.training.model import PolicyModel
+from calm_ray.training.trees import Tree, tree_of_pair
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -42,13 +43,13 @@ def loaded(folder: Path, **changes: Any) -> PolicyModel:
     return policy_model
 
 
-def examples(count: int) -> list[Example]:
+def examples(count: int) -> list[Tree]:
     rng = random.Random(0)
-    return [example_of(token_pair(number, rng)) for number in range(count)]
+    return [tree_of_pair(token_pair(number, rng), sides=2) for number in range(count)]
 
 
-def gradients(policy_model: PolicyModel, rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    logps = policy_model.logps(pack(rows, chosen_only=False).to(policy_model.device))
+def gradients(policy_model: PolicyModel, rows: list[Tree]) -> tuple[torch.Tensor, torch.Tensor]:
+    logps = policy_model.logps(pack(rows).to(policy_model.device))
     logps.sum().backward()
     parts = [p.grad.full_tensor().flatten() for _, p in policy_model.adapter_parameters() if p.grad is not None]  # type: ignore[attr-defined]
     return logps.detach().cpu(), torch.cat(parts).cpu()
@@ -60,7 +61,7 @@ def test_flash_attention_over_packed_sequences_is_eager_attention_over_each(mode
     reference: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     reference.to(torch.device("cuda"))
     expected = []
-    for prompt, side in (sequence for row in rows for sequence in row.sequences(chosen_only=False)):
+    for prompt, side in ((row.prompt, branch.tokens) for row in rows for branch in row.branches):
         with torch.no_grad():
             found = reference(torch.tensor([prompt + side]).cuda()).logits[0].log_softmax(-1)
         expected.append(sum(float(found[len(prompt) - 1 + i, token]) for i, token in enumerate(side)))

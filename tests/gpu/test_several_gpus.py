@@ -23,7 +23,8 @@ from calm_ray.questions.reader import write_chunks
 from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
-from calm_ray.training.loop import TrainJob
+from calm_ray.training.job import TrainJob
+from calm_ray.training.objectives import DPO
 from calm_ray.training.workers import train_round
 
 
@@ -48,7 +49,7 @@ def losses(model: Path, pairs: Stage, output: Path, **changes: Any) -> list[floa
     """The loss curve of one round of training."""
     settings = {"learning_rate": 1e-2, "warmup_share": 0.1, "epochs": 2, "dtype": "float32", "attention": "sdpa"}
     train = Train(**{**settings, **changes})
-    job = TrainJob(pairs, Stage(Storage(str(output))), RunModel(str(model)), Policy(), Policy(), train, "dpo", 0, 1)
+    job = TrainJob(pairs, Stage(Storage(str(output))), RunModel(str(model)), Policy(), Policy(), train, DPO(0.1), 0, 1)
     rows: list[dict[str, Any]] = []
     train_round(job, "gpu", rows.append)
     return [row["train/loss"] for row in rows if "train/loss" in row]

@@ -1,12 +1,18 @@
 import random
+from pathlib import Path
 
+import pytest
 import torch
+from factories import pairs_stage, token_pair, tree
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calm_ray.core.errors import CalmRayError
+from calm_ray.core.rows import Dialogue, table
+from calm_ray.run.stage import Stage
+from calm_ray.run.storage import Storage
 from calm_ray.training.batches import (
     IGNORED,
-    Example,
     assign,
     epoch_order,
     is_validation,
@@ -14,16 +20,13 @@ from calm_ray.training.batches import (
     split_into_packs,
     worker_packs,
 )
+from calm_ray.training.trees import Branch, Comparison, read_trees, tree_of_dialogue, tree_of_pair
 
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
-def example(number: int = 0, prompt: int = 3, chosen: int = 2, rejected: int = 4) -> Example:
-    return Example("q", "en", number, [9] * prompt, [5] * chosen, [6] * rejected)
-
-
 def test_packed_layout() -> None:
-    batch = pack([Example("q", "en", 0, [7, 8], [1, 2], [3]), Example("q", "en", 1, [9], [4], [5])], chosen_only=False)
+    batch = pack([tree([7, 8], [1, 2], [3]), tree([9], [4], [5], number=1)])
     assert batch.input_ids.tolist() == [[7, 8, 1, 2, 7, 8, 3, 9, 4, 9, 5]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 1]]
     # Position t is labelled with the token it predicts; prompts and the ends of sequences are not scored.
@@ -35,11 +38,44 @@ def test_packed_layout() -> None:
     assert batch.completion_lengths.tolist() == [2, 1, 1, 1]
 
 
-def test_chosen_only_leaves_the_rejected_sides_out() -> None:
-    batch = pack([Example("q", "en", 0, [7], [1, 2], [3])], chosen_only=True)
-    assert batch.input_ids.tolist() == [[7, 1, 2]]
-    assert example().tokens(chosen_only=True) == 5
-    assert example().tokens(chosen_only=False) == 12
+def test_supervised_training_leaves_the_rejected_side_out() -> None:
+    row = token_pair(0, random.Random(0))
+    both, chosen = tree_of_pair(row, sides=2), tree_of_pair(row, sides=1)
+    assert pack([chosen]).input_ids.tolist() == [row["prompt_token_ids"] + row["chosen_token_ids"]]
+    assert [branch.tokens for branch in both.branches] == [row["chosen_token_ids"], row["rejected_token_ids"]]
+    assert both.comparisons == (Comparison(0, 1),)
+    assert chosen.comparisons == ()
+    assert both.tokens == 2 * len(row["prompt_token_ids"]) + sum(len(branch.tokens) for branch in both.branches)
+
+
+def test_a_dialogue_is_one_branch_of_which_some_stretches_are_scored() -> None:
+    scored = [False, False, True, True, False, True]
+    row = Dialogue(question_id="q", language="en", number=0, token_ids=[7, 8, 1, 2, 9, 3], scored=scored)
+    found = tree_of_dialogue(row)
+    assert (found.prompt, found.branches) == ([7, 8], (Branch([1, 2, 9, 3], [True, True, False, True]),))
+    batch = pack([found, tree([7], [4], number=1)])
+    x = IGNORED
+    assert batch.input_ids.tolist() == [[7, 8, 1, 2, 9, 3, 7, 4]]
+    assert batch.labels.tolist() == [[x, 1, 2, x, 3, x, 4, x]]
+    assert batch.completion_lengths.tolist() == [3, 1]
+
+
+def test_a_dialogue_that_begins_with_a_scored_token_is_scored_from_the_second() -> None:
+    """Nothing predicts the first token of a sequence."""
+    row = Dialogue(question_id="q", language="en", number=0, token_ids=[7, 8], scored=[True, True])
+    assert pack([tree_of_dialogue(row)]).labels.tolist() == [[8, IGNORED]]
+
+
+def test_rows_on_disk_become_trees(tmp_path: Path) -> None:
+    pairs = pairs_stage(tmp_path / "pairs", count=3)
+    assert [len(found.branches) for found in read_trees(pairs, sides=2)] == [2, 2, 2]
+    assert [len(found.branches) for found in read_trees(pairs, sides=1)] == [1, 1, 1]
+    dialogues = Stage(Storage(str(tmp_path / "dialogues")))
+    row = Dialogue(question_id="q", language="en", number=0, token_ids=[7, 8, 1], scored=[False, False, True])
+    dialogues.write("00000", table(Dialogue, [row]))
+    assert read_trees(dialogues, sides=1) == [tree_of_dialogue(row)]
+    with pytest.raises(CalmRayError, match="holds dialogues"):
+        read_trees(dialogues, sides=2)
 
 
 @given(SIZES, st.integers(1, 5))
@@ -81,8 +117,8 @@ def test_validation_is_a_share_of_the_questions() -> None:
 
 def test_pack_takes_any_lengths() -> None:
     rng = random.Random(0)
-    examples = [example(i, rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 9)) for i in range(20)]
-    batch = pack(examples, chosen_only=False)
-    assert batch.input_ids.shape[1] == sum(one.tokens(chosen_only=False) for one in examples)
+    trees = [tree(*([9] * rng.randint(1, 9) for _ in range(3))) for _ in range(20)]
+    batch = pack(trees)
+    assert batch.input_ids.shape[1] == sum(each.tokens for each in trees)
     assert int((batch.labels != IGNORED).sum()) == int(batch.completion_lengths.sum())
     assert torch.equal(batch.boundaries[1:] - batch.boundaries[:-1], torch.bincount(batch.sequence_ids).int())

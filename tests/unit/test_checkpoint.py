@@ -21,15 +21,18 @@ from pyarrow import fs
 
 from calm_ray.core.rows import Pair, table
 from calm_ray.core.sections import Lora, Train
+from calm_ray.methods.dco.objective import DCO
 from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.training import checkpoint, checkpoint_triggers
-from calm_ray.training.loop import Trainer, TrainJob, train_policy
+from calm_ray.training.job import TrainJob
+from calm_ray.training.loop import Trainer, train_policy
+from calm_ray.training.objectives import DPO, SFT, Objective
 
 CPU = torch.device("cpu")
 LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj"])
-OBJECTIVES = [(objective, lora) for objective in ("dpo", "dco", "sft") for lora in (LORA, None)]
+OBJECTIVES = [(objective, lora) for objective in (DPO(0.1), DCO(0.1), SFT()) for lora in (LORA, None)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,14 +62,16 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     return stage
 
 
-def job_of(model: Path, pairs: Stage, output: Path, objective: Any = "dpo", **changes: Any) -> TrainJob:
+def job_of(model: Path, pairs: Stage, output: Path, objective: Objective | None = None, **changes: Any) -> TrainJob:
     """12 steps: 3 in each of 4 epochs."""
     settings = {
         "learning_rate": 1e-3, "warmup_share": 0.2, "epochs": 4, "batch_pairs": 7, "dtype": "float32", "lora": LORA,
         "validation_share": 0.2, "checkpoint_steps": 2, **changes,
     }  # fmt: skip
     stage = Stage(Storage(str(output)))
-    return TrainJob(pairs, stage, RunModel(str(model)), Policy(), Policy(), Train(**settings), objective, 0, 1)
+    return TrainJob(
+        pairs, stage, RunModel(str(model)), Policy(), Policy(), Train(**settings), objective or DPO(0.1), 0, 1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +120,9 @@ def steps_there(job: TrainJob) -> list[int]:
     return [int(name) for name in job.output.storage.names("checkpoints")]
 
 
-@pytest.mark.parametrize(("objective", "lora"), OBJECTIVES)
+@pytest.mark.parametrize(("objective", "lora"), OBJECTIVES, ids=str)
 def test_what_stopped_and_went_on_is_what_never_stopped(
-    model: Path, pairs: Stage, tmp_path: Path, objective: str, lora: Lora | None, monkeypatch: pytest.MonkeyPatch
+    model: Path, pairs: Stage, tmp_path: Path, objective: Objective, lora: Lora | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = job_of(model, pairs, tmp_path / "undisturbed", objective, lora=lora)
     policy, told = train(undisturbed)
@@ -126,7 +131,7 @@ def test_what_stopped_and_went_on_is_what_never_stopped(
     job = job_of(model, pairs, tmp_path / "stopped", objective, lora=lora)
     train_until(job, 8)
     assert steps_there(job) == [4, 6]
-    monkeypatch.setattr(Trainer, "_own_margins", None)  # they are read, not computed again
+    monkeypatch.setattr(Trainer, "_own_logps", None)  # they are read, not computed again
     again, told = train(job)
     assert {"round": 1, "resumed": 6} in told
     assert lines(job) == [pytest.approx(line, abs=1e-6) for line in lines(undisturbed)]
@@ -214,10 +219,10 @@ def test_margins_are_computed_again_where_they_are_of_another_reference_or_torn(
 ) -> None:
     job = job_of(model, pairs, tmp_path, epochs=1)
     train(job)
-    file = tmp_path / "margins.parquet"
-    written, rows = file.read_bytes(), job.output.read_chunk("margins")
+    file = tmp_path / "reference.parquet"
+    written, rows = file.read_bytes(), job.output.read_chunk("reference")
     others = rows.set_column(3, "reference", [["r0001-12345678"] * len(rows)]).cast(rows.schema)
-    for damage in (lambda: job.output.write("margins", others), lambda: tear(file)):
+    for damage in (lambda: job.output.write("reference", others), lambda: tear(file)):
         damage()
         checkpoint.delete_all(job.output.storage)
         train(job)
@@ -293,10 +298,10 @@ def test_another_number_of_workers_goes_on(
 ) -> None:
     """With rank 1 a matrix has one row: one of two workers has nothing of it."""
     monkeypatch.setenv("CALM_RAY_CACHE", str(tmp_path / "cache"))
-    undisturbed = job_of(model, pairs, tmp_path / "undisturbed", "dco", lora=lora)
+    undisturbed = job_of(model, pairs, tmp_path / "undisturbed", DCO(0.1), lora=lora)
     train(undisturbed)
 
-    fewer = job_of(model, pairs, tmp_path / "fewer", "dco", lora=lora)
+    fewer = job_of(model, pairs, tmp_path / "fewer", DCO(0.1), lora=lora)
     train_in_two_processes(fewer, tmp_path / "rendezvous 1", stop=6)
     whole = json.loads((tmp_path / "fewer/checkpoints/00000004/checkpoint.json").read_text())
     assert whole["workers"] == 2
@@ -304,7 +309,7 @@ def test_another_number_of_workers_goes_on(
     _, told = train(fewer)
     assert {"round": 1, "resumed": 4} in told
 
-    more = job_of(model, pairs, tmp_path / "more", "dco", lora=lora)
+    more = job_of(model, pairs, tmp_path / "more", DCO(0.1), lora=lora)
     train_until(more, 6)
     train_in_two_processes(more, tmp_path / "rendezvous 2")
     for job in (fewer, more):

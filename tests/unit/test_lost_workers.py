@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from factories import tree
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 
 from calm_ray.core.errors import StorageError
-from calm_ray.core.rows import Margin
+from calm_ray.core.rows import ReferenceLogps
 from calm_ray.run.policies import Policy
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.training import reference
-from calm_ray.training.batches import Example
-from calm_ray.training.reference import Portion, margins_once
+from calm_ray.training.reference import Portion, reference_once
+from calm_ray.training.trees import Tree
 from calm_ray.training.workers import fit_while_it_gets_on
 
 LOST = WorkerGroupError("a node is gone", {0: RuntimeError("gone")})
@@ -70,13 +71,13 @@ def test_without_any_checkpoint_training_is_not_begun_again(tmp_path: Path) -> N
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(reference, "PART_PAIRS", 4)
+    monkeypatch.setattr(reference, "PART_TREES", 4)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-EXAMPLES = [Example(f"q{number}", "en", 0, [5], [6, 1], [7, 1]) for number in range(10)]
+EXAMPLES = [tree([5], [6, 1], [7, 1], question_id=f"q{number}") for number in range(10)]
 
 
 class Worker:
@@ -86,24 +87,24 @@ class Worker:
         self._portions, self._reference = portions, reference or Policy()
         self.asked: list[str] = []
 
-    def __call__(self, portions: Sequence[Portion]) -> Iterable[list[Margin]]:
+    def __call__(self, portions: Sequence[Portion]) -> Iterable[list[ReferenceLogps]]:
         for number, portion in enumerate(portions):
             if number == self._portions:
                 raise ConnectionError
             self.asked += [one.question_id for one in portion]
-            yield [self._margin(one) for one in portion]
+            yield [self._row(one) for one in portion]
 
-    def _margin(self, one: Example) -> Margin:
-        return Margin(
-            question_id=one.question_id, language=one.language, pair=one.pair, reference=self._reference.name,
-            ref_chosen_logps=-float(one.question_id[1:]), ref_rejected_logps=-1.0,
+    def _row(self, one: Tree) -> ReferenceLogps:
+        return ReferenceLogps(
+            question_id=one.question_id, language=one.language, number=one.number, reference=self._reference.name,
+            logps=[-float(one.question_id[1:]), -1.0],
         )  # fmt: skip
 
 
 def lose_one_after(stage: Stage, portions: int, **how: Any) -> None:
     worker = Worker(portions, **how)
     with pytest.raises(ConnectionError):
-        margins_once(stage, how.get("reference", Policy()), EXAMPLES, worker)
+        reference_once(stage, how.get("reference", Policy()), EXAMPLES, worker)
     assert len(worker.asked) == 4 * portions
 
 
@@ -111,14 +112,14 @@ def lose_one_after(stage: Stage, portions: int, **how: Any) -> None:
 def test_margins_that_a_lost_worker_computed_are_kept(tmp_path: Path) -> None:
     stage, worker = Stage(Storage(str(tmp_path))), Worker()
     lose_one_after(stage, 2)
-    found = margins_once(stage, Policy(), EXAMPLES, worker)
+    found = reference_once(stage, Policy(), EXAMPLES, worker)
     assert worker.asked == ["q8", "q9"]
-    assert {key: row["ref_chosen_logps"] for key, row in found.items()} == {
+    assert {key: chosen for key, (chosen, _) in found.items()} == {
         one.key: -float(number) for number, one in enumerate(EXAMPLES)
     }
-    assert not (tmp_path / "margins").exists()
-    assert margins_once(stage, Policy(), EXAMPLES, Worker(0)) == found
-    assert stage.read_chunk("margins")["question_id"].to_pylist() == [one.question_id for one in EXAMPLES]
+    assert not (tmp_path / "reference").exists()
+    assert reference_once(stage, Policy(), EXAMPLES, Worker(0)) == found
+    assert stage.read_chunk("reference")["question_id"].to_pylist() == [one.question_id for one in EXAMPLES]
 
 
 @pytest.mark.usefixtures("one_process")
@@ -126,7 +127,7 @@ def test_margins_of_another_reference_or_in_torn_parts_are_computed_again(tmp_pa
     stage, worker = Stage(Storage(str(tmp_path))), Worker()
     lose_one_after(stage, 1, reference=Policy("r0001-12345678", 1, "adapter"))
     lose_one_after(stage, 1)
-    for part in (tmp_path / "margins").iterdir():
+    for part in (tmp_path / "reference").iterdir():
         part.write_bytes(part.read_bytes()[:-7])
-    margins_once(stage, Policy(), EXAMPLES, worker)
+    reference_once(stage, Policy(), EXAMPLES, worker)
     assert worker.asked == [one.question_id for one in EXAMPLES]

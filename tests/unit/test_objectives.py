@@ -11,8 +11,10 @@ from factories import golden_metrics, scored_tables
 from calm_ray.core.sections import Anchor, Dco
 from calm_ray.evaluation.scores import scores_of
 from calm_ray.methods.dco.gamma import gammas, optimal_logps, target_margins
+from calm_ray.methods.dco.objective import dco_losses
 from calm_ray.methods.dco.pairs import draw_pairs, reference_margins, targets
-from calm_ray.training.objectives import dco_losses, dpo_losses, learning_rate_factor, sft_losses
+from calm_ray.training.losses import dpo_losses, sft_losses
+from calm_ray.training.schedule import learning_rate_factor
 
 
 def test_dpo_by_hand() -> None:

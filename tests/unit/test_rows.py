@@ -20,8 +20,8 @@ def test_rows_travel_through_arrow_unchanged() -> None:
 
 def test_every_row_type_has_a_schema_and_says_what_may_be_null() -> None:
     for kind in (
-        rows.Question, rows.Completion, rows.Vote, rows.Pair, rows.CandidateSet, rows.Scored, rows.Margin,
-        rows.Prediction,
+        rows.Question, rows.Completion, rows.Vote, rows.Pair, rows.CandidateSet, rows.Scored, rows.ReferenceLogps,
+        rows.Dialogue, rows.Prediction,
     ):  # fmt: skip
         assert rows.schema(kind).names == list(kind.__annotations__)
     assert rows.schema(rows.Completion).field("answer").nullable
