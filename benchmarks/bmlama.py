@@ -43,13 +43,12 @@ RECIPE: dict[str, Any] = {
     "rounds": 1,
     "languages": LANGUAGES,
     "device": "cpu",
-    "candidates": {"form": "choices"},
+    "candidates": {"form": "choices", "pairs": 8},
     "sampling": {"prompts_per_chunk": 100},
     "engines": {
         "shared": 2, "cpus": 0.2, "dtype": "float32", "refresh": "merged",
         "args": {"max_model_len": CONTEXT, "max_num_seqs": 128},
     },
-    "dco": {"pairs": 8},
     "train": {
         "learning_rate": 1e-3, "epochs": 1, "batch_pairs": 64, "dtype": "float32", "lora": None,
         "workers": 2, "cpus_per_worker": 0.2,
@@ -191,7 +190,7 @@ def report(run: Path) -> None:
             values = " -> ".join(f"{100 * one[name]:.1f}" for one in (base, policy))
             print(f"{title}: {name} {values}; pi* {100 * optimal[name]:.1f}")
         print(f"{title}: answers like pi*'s {100 * optimal['top1_with_optimal']:.1f}")
-    print("seconds:", {name: round(before["seconds"][name] + value) for name, value in after["seconds"].items()})
+    print("seconds:", {name: round(before["seconds"].get(name, 0) + value) for name, value in after["seconds"].items()})
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ from calm_ray.cluster.connection import cluster
 from calm_ray.cluster.over_chunks import over_chunks
 from calm_ray.cluster.resources import Group, Needs
 from calm_ray.core.rows import Pair, Scored, rows_of, schema, table
-from calm_ray.core.sections import Dco
 from calm_ray.evaluation.scores import read_scored
-from calm_ray.methods.dco.step import CandidatePairs
+from calm_ray.methods.dco.pair_candidates import PairJob
+from calm_ray.methods.dco.settings import Dco
+from calm_ray.recipes import RECIPES, load_config
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 
@@ -48,7 +49,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    job: CandidatePairs
+    job: PairJob
     chunks: list[str]
     questions_per_chunk: int
 
@@ -66,7 +67,8 @@ def write_work(folder: Path, pairs: int, questions_per_chunk: int) -> Work:
     for chunk in chunks:
         for language in LANGUAGES:
             scored.write(f"{chunk}-{language}", scores_in(language, chunk, questions_per_chunk, words, rng))
-    job = CandidatePairs(scored, output, LANGUAGES, Dco(), beta=1.0, gold=False, seed=0, round_number=1)
+    settings = load_config(RECIPES / "dco_demo.yaml", [f"languages=[{', '.join(LANGUAGES)}]", "candidates.pairs=1"])
+    job = PairJob(scored, output, settings, Dco(), round_number=1)
     return Work(job, chunks, questions_per_chunk)
 
 
@@ -101,8 +103,8 @@ def rate_of(work: Work, pairs: int) -> float:
     work.job.pairs.storage.delete("")
     chunks, made = work.of_size(pairs), 0
     started = time.perf_counter()
-    for row in over_chunks(work.job, chunks):
-        made += row["pairs"]
+    for counts in over_chunks(work.job.make, chunks):
+        made += counts["pairs"]
     seconds = time.perf_counter() - started
     asked = len(chunks) * work.questions_per_chunk
     if made != asked * len(LANGUAGES):

@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable
 
 from calm_ray.core.rows import Completion, table
+from calm_ray.recipes import load_config
 from calm_ray.run.directory import RunDirectory
-from calm_ray.run.repair import mend
+from calm_ray.run.repair import repair
 from calm_ray.run.stage import Stage
 
 
@@ -27,14 +28,14 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(folder, "run")
-        run.begin({"rounds": 2}, {}, overwrite=False)
+        run.begin({}, {}, None)
         stages = [run.stage(number, "sample") for number in (1, 2)]
         for stage in stages:
             fill(stage, options.chunks // 2, options.rows)
         stages[0].finish({"policy": "base"})
         size = sum(entry["bytes"] for stage in stages for entry in stage.manifest().values())
         print(f"{options.chunks} chunks of {options.rows} completions, {size / 1e6:.0f} MB")
-        checking = seconds(lambda: mend(run))
+        checking = seconds(lambda: repair(run, load_config().graph))
         reading = seconds(lambda: [stage.read() for stage in stages])
         print(f"checking all: {checking:.1f} s; reading all once: {reading:.1f} s; {reading / checking:.1f} times that")
 

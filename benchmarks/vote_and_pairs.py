@@ -29,10 +29,10 @@ import pyarrow as pa
 
 from calm_ray.cluster.connection import cluster
 from calm_ray.cluster.resources import Group, Needs
-from calm_ray.core.sections import Preferences
 from calm_ray.methods.calm.from_disk import RecordedJob, pairs_of_chunks
 from calm_ray.methods.calm.import_completions import UNCOMPRESSED, open_completions
 from calm_ray.methods.calm.recorded import RecordedChunks
+from calm_ray.methods.calm.settings import Preferences
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from calm_ray.core.errors import InputError
 from calm_ray.core.exit_codes import exit_code_of
 from calm_ray.recipes import DEMO_RECIPE, is_override, load_config, load_preferences, recipe_and_overrides
 
@@ -104,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("run", help="the run's folder or URI")
     show.add_argument("--round", type=int, default=1, help="default: 1")
     show.add_argument("--question", help="a question_id; default: the first one with a pair")
+    _add_plugins(show)
     show.set_defaults(command=_show)
 
     evaluate = commands.add_parser("evaluate", help="ask a run's policy the questions of a file")
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         "--questions", help="jsonl or parquet with gold answers; default: the run's held-out questions"
     )
     evaluate.add_argument("--round", type=int, help="whose policy; 0 is the base model; default: the last one")
+    _add_plugins(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
     questions = commands.add_parser("questions", help="read questions, check them, and say what they hold")
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     optimal.add_argument("run", help="the run's folder or URI")
     optimal.add_argument("--round", type=int, help="whose reference and policy; default: the last one")
     optimal.add_argument("--json", action="store_true", help="print JSON")
+    _add_plugins(optimal)
     optimal.set_defaults(command=_optimal)
 
     export = commands.add_parser("export", help="write a run's policy as a whole model, the adapter merged in")
@@ -172,6 +174,12 @@ def _add_plan(commands: Any) -> None:
     plan.set_defaults(command=_plan)
 
 
+def _add_plugins(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugins", nargs="+", default=[], metavar="PACKAGE", help="packages whose code a run's own method may run"
+    )
+
+
 def _add_on_bad_row(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-bad-row", choices=["refuse", "skip"], default="refuse", help="stop at bad rows, or leave them out; refuse"
@@ -200,10 +208,10 @@ def _align(options: argparse.Namespace) -> None:
         return
     from calm_ray.core.console import say
     from calm_ray.job.summary import print_summary
-    from calm_ray.rounds import align
+    from calm_ray.launch import align
 
     run = align(config, overwrite=options.overwrite, redo=options.redo)
-    print_summary(run.summary)
+    print_summary(config, run.summary)
     say(f"run: {run.uri}")
 
 
@@ -229,13 +237,13 @@ def _plan(options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     from calm_ray.commands.show import show
 
-    show(options.run, options.round, options.question)
+    show(options.run, options.round, options.question, options.plugins)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from calm_ray.commands.evaluate import evaluate_again
 
-    evaluate_again(options.run, options.questions, options.round)
+    evaluate_again(options.run, options.questions, options.round, options.plugins)
 
 
 def _questions(options: argparse.Namespace) -> None:
@@ -269,27 +277,19 @@ def _pairs(options: argparse.Namespace) -> None:
 
 def _stats(options: argparse.Namespace) -> None:
     preferences = load_preferences(options.preset, options.set)
-    from calm_ray.core.console import on_stderr
-    from calm_ray.job.open_run import find_run
+    from calm_ray.commands.stats import statistics
     from calm_ray.methods.calm.print_vote import print_statistics
 
-    run = find_run(options.source[0])
-    if run is not None:
-        if len(options.source) > 1 or options.questions or options.set:
-            raise InputError(f"{run.uri} is a run, which was counted by its own rules; name it alone")
-        title, stats = f"{run.uri}, round {options.round}", run.vote_report(options.round)
-    else:
-        from calm_ray.methods.calm.from_disk import count_recorded
-
-        title = f"{options.source[0]}, {options.preset}"
-        with on_stderr(options.json):
-            stats = count_recorded(
-                options.source,
-                preferences,
-                seed=options.seed,
-                questions=options.questions,
-                on_bad_row=options.on_bad_row,
-            )
+    title, stats = statistics(
+        options.source,
+        preferences,
+        round_number=options.round,
+        seed=options.seed,
+        questions=options.questions,
+        on_bad_row=options.on_bad_row,
+        is_default=not options.set,
+        as_json=options.json,
+    )
     if options.json:
         print(json.dumps(stats, indent=2))
     else:
@@ -299,7 +299,7 @@ def _stats(options: argparse.Namespace) -> None:
 def _optimal(options: argparse.Namespace) -> None:
     from calm_ray.commands.optimal import show_optimum
 
-    show_optimum(options.run, options.round, options.json)
+    show_optimum(options.run, options.round, options.json, options.plugins)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -1,93 +1,54 @@
 """The typed configuration of a run: what a recipe may say.
 
-A recipe is a YAML file with the keys of `Config`; `section.key=value` overrides a key of it. Unknown keys and wrong
-types are refused with the nearest known name. The sections are in `calm_ray.core.sections`.
+A recipe is a YAML file with the keys of `RunSettings` and `Config`, and a section for each method's own settings;
+`section.key=value` overrides a key of it. Unknown keys and wrong types are refused with the nearest known name.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
-from calm_ray.core.languages import LANGUAGES
-from calm_ray.core.safety import local_problem, refuse_secrets
-from calm_ray.core.sections import (
-    RUN_NAME,
-    WORLD,
-    Candidates,
-    Dco,
-    Engines,
-    Preferences,
-    Questions,
-    Sampling,
-    Section,
-    Seed,
-    Train,
-    World,
-    unknown_name,
-)
+from calm_ray.core.safety import refuse_secrets
+from calm_ray.core.sections import Section
+from calm_ray.core.settings import RunSettings
+from calm_ray.methods import METHODS
+from calm_ray.methods.base import Evaluation, Method, Step
+from calm_ray.methods.plugins import identity_of, method_named
+from calm_ray.run.invalidation import Graph
 
-Objective = Literal["dpo", "sft", "dco"]
+if TYPE_CHECKING:
+    from calm_ray.methods.shared.train import Train
+    from calm_ray.training.objectives import Objective
 
-# CALM, Table 5, where DPO and SFT differ; DCO, appendix G, with the schedule of its released code.
-TRAIN_BY_OBJECTIVE: dict[Objective, dict[str, Any]] = {
-    "dpo": {"learning_rate": 5e-6, "warmup_share": 0.1},
-    "sft": {"learning_rate": 5e-5, "warmup_share": 0.0},
-    "dco": {
-        "learning_rate": 1e-5, "warmup_share": 0.0, "schedule": "linear", "epochs": 1, "beta": 1.0,
-        "validation_share": 0.0, "reference": "previous",
-    },
-}  # fmt: skip
+DEFAULT_METHOD = "calm"
 
 
-class Config(Section):
-    """One run."""
+class Config(RunSettings):
+    """One run. Made by `parse_config`, which adds the sections of the methods."""
 
-    name: Annotated[str, Field(pattern=RUN_NAME, max_length=128)]
-    """The run lives in `storage`/`name`."""
-    storage: str = Field(default_factory=lambda: os.environ.get("CALM_RAY_STORAGE", "~/calm_ray/runs"), min_length=1)
-    """An absolute path or a URI that every node of the cluster sees."""
-    seed: Seed = 0
-    rounds: Annotated[int, Field(ge=0, le=10_000)] = 1
-    """How often to sample, prefer and train; 0 only scores, and shows what the optimal policy would be."""
-    method: Literal["calm", "sft", "dco", "dpo_gold", "sft_gold"] = "calm"
+    of_method: ClassVar[Method[Any]]
+
+    method: str = DEFAULT_METHOD
     """CALM: DPO on the pairs of a vote; `sft`, its baseline: supervised training on their chosen side. DCO: margins
-    between candidates, fitted to those of the other languages. `_gold`, the only methods that train with gold answers:
-    the same as CALM and SFT, on those pairs alone whose chosen side is right (CALM, Table 2); or, with `candidates`,
-    on the right candidate and another one (DCO, section 6.1)."""
-    languages: Annotated[list[str], Field(min_length=1)]
-    model: str = WORLD
-    """`world` for the demo, a folder with a Hugging Face model, or its name on the hub."""
-    device: Literal["cpu", "gpu"] = "gpu"
-    init_from: str | None = None
-    """An earlier run, by its name in `storage`, its folder or its URI: its last policy is what round 1 starts from."""
-    world: World = World()
-    questions: Questions = Questions()
-    sampling: Sampling = Sampling()
-    engines: Engines
-    placement: Literal["split", "colocate"] = "split"
-    """Engines and training workers have GPUs of their own, or share them: engines then sleep while training runs."""
-    candidates: Candidates | None = None
-    """With this section a policy is evaluated by the candidate that it finds likeliest, and RankC can be measured."""
-    preferences: Preferences = Preferences()
-    dco: Dco = Dco()
-    train: Train
+    between candidates, fitted to those of the other languages. `dpo_gold` and `sft_gold`, the only methods that train
+    with gold answers: the same as CALM and SFT, on those pairs alone whose chosen side is right (CALM, Table 2); or,
+    with `candidates`, on the right candidate and another one (DCO, section 6.1). Or a method of your own, as
+    `package.module:NAME`."""
+    plugins: list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]] = []
+    """Packages whose code a recipe may run, for a method of your own."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_by_method(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and isinstance(raw.get("train", {}), dict):
-            method = str(raw.get("method", "calm"))
-            by_objective = TRAIN_BY_OBJECTIVE[objective_of(method)]
-            raw = {**raw, "train": {**by_objective, **raw.get("train", {})}}
-            if method == "dco" and raw.get("candidates") is None:
-                raw["candidates"] = {}
-            if method.endswith("_gold") and isinstance(raw.get("preferences", {}), dict):
-                raw["preferences"] = {"winner": "gold", **raw.get("preferences", {})}
-        return raw
+        if not isinstance(raw, dict):
+            return raw
+        if isinstance(raw.get("plugins"), dict):  # as a run's config.json has them, each with its identity
+            raw = {**raw, "plugins": list(raw["plugins"])}
+        return _below(cls.of_method.defaults(raw), raw)
 
     @model_validator(mode="before")
     @classmethod
@@ -97,144 +58,104 @@ class Config(Section):
         return raw
 
     @model_validator(mode="after")
-    def _places_can_be_used(self) -> Config:
-        questions = self.questions
-        places = {"storage": self.storage, "model": self.model, "init_from": self.init_from}
-        places |= {f"questions.{name}": getattr(questions, name) for name in ("align", "evaluate", "translate")}
-        for field, place in places.items():
-            refuse_secrets(place, field)  # again, for a storage that the environment names
-            if place is not None and (problem := local_problem(place)):
-                raise ValueError(f"{field}: {problem}")
-        if self.init_from is not None and "/" not in self.init_from and not re.search(RUN_NAME, self.init_from):
-            raise ValueError(f"init_from: {self.init_from!r} is neither a run's name nor a folder or a URI")
-        return self
-
-    @model_validator(mode="after")
-    def _fields_fit_together(self) -> Config:
-        for field, codes in (("languages", self.languages), ("questions.evaluate_languages", self.asked_languages)):
-            if unknown := [code for code in codes if code not in LANGUAGES]:
-                raise ValueError(f"{field}: {unknown_name(unknown[0], list(LANGUAGES))}")
-            if len(set(codes)) < len(codes):
-                raise ValueError(f"{field}: a language is named twice")
-        if self.train.lora is None and self.engines.refresh == "adapter":
-            raise ValueError("engines.refresh: full fine-tuning (train.lora: null) has no adapter; set it to merged")
-        if self.questions.split and self.questions.evaluate:
-            raise ValueError("questions.split: holds out a part of align; leave out questions.evaluate, or split")
-        self._check_workers()
-        if self.train.engine == "trl" and self.objective != "dpo":
+    def _fits_its_method(self) -> Config:
+        self.of_method.check(self, self.own)
+        if self.train.engine == "trl" and self.objective.for_trl() is None:
             raise ValueError(f"train.engine: trl trains on pairs; use fsdp for method: {self.method}")
-        if (self.preferences.winner == "gold") != self.method.endswith("_gold"):
-            raise ValueError(
-                "preferences.winner: gold answers train only with method: dpo_gold or sft_gold, and always"
-            )
-        if self.rounds == 0 and self.candidates is None:
-            raise ValueError("rounds: must be 1 or more; 0 only scores candidates, and there is no such section")
-        self._check_world()
-        self._check_candidates()
-        self._check_gamma()
-        self._check_trl_batch()
+        for package in self.plugins:
+            identity_of(package)
         return self
-
-    def _check_workers(self) -> None:
-        train, engines = self.train, self.engines.count(self.languages)
-        if self.engines.min_engines > engines:
-            raise ValueError(f"engines.min_engines: is more than the run's engines ({engines})")
-        if self.placement == "colocate" and train.most_workers > engines * self.engines.tensor_parallel_size:
-            raise ValueError(
-                f"placement: colocate puts every training worker beside an engine; the engines have "
-                f"{engines * self.engines.tensor_parallel_size} GPUs, train.workers may be no more"
-            )
-        if train.is_elastic:
-            if train.least_workers > train.most_workers:
-                raise ValueError("train.workers: [least, most], in this order")
-            if train.lora is None or train.engine == "trl":
-                raise ValueError("train.workers: [least, most] is for LoRA with train.engine: fsdp; name one number")
-            if train.shards:
-                raise ValueError("train.shards: needs one number of train.workers, not [least, most]")
-        if train.shards and train.most_workers % train.shards:
-            raise ValueError("train.shards: must divide train.workers")
-
-    def _check_world(self) -> None:
-        if self.model == WORLD:
-            if self.questions != Questions():
-                raise ValueError("questions: the demo world asks its own; set model to a folder, or leave these out")
-            return
-        if not self.questions.align:
-            raise ValueError("questions.align: name a file of questions to align on")
-        if self.preferences.translator == "world":
-            raise ValueError("preferences.translator: only the demo world can use world; set it to model")
-        if self.candidates and self.candidates.form == "world":
-            raise ValueError("candidates.form: only the demo world can use world; set it to letters or choices")
-
-    def _check_candidates(self) -> None:
-        if self.method == "dco" and len(self.languages) < 2:
-            raise ValueError("languages: DCO compares languages and needs two or more")
-        if self.candidates and self.candidates.form == "samples":
-            if self.method != "dco":
-                raise ValueError("candidates.form: only method: dco draws its candidates from samples")
-            if self.rounds == 0:
-                raise ValueError("rounds: must be 1 or more, since candidates.form: samples has none before round 1")
-        if self.method == "dco" and self.train.sft_weight:
-            raise ValueError("train.sft_weight: with DCO neither candidate of a pair is the better one; leave it out")
-
-    def _check_gamma(self) -> None:
-        anchor, gamma = self.dco.anchor, self.dco.gamma
-        if anchor and anchor.language not in self.languages:
-            raise ValueError(f"dco.anchor.language: {anchor.language} is not one of the run's languages")
-        for pair in gamma if isinstance(gamma, dict) else ():
-            first, _, second = pair.partition("-")
-            if first == second or not {first, second} <= set(self.languages):
-                raise ValueError(f"dco.gamma: {pair} does not name two of the run's languages, like en-fr")
 
     @property
-    def asked_languages(self) -> list[str]:
-        """The languages of the held-out questions."""
-        return self.questions.evaluate_languages or self.languages
+    def own(self) -> Any:
+        """The section of the run's own method."""
+        return getattr(self, self.of_method.section)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """From questions to training examples."""
+        return self.of_method.steps(self, self.own)
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """What each policy is asked."""
+        return self.of_method.evaluation(self, self.own)
 
     @property
     def objective(self) -> Objective:
-        """What the method trains with."""
-        return objective_of(self.method)
+        """What training minimises."""
+        return self.of_method.objective(self, self.own)
 
     @property
-    def votes(self) -> bool:
-        """Whether pairs come from a vote on completions, and not from candidates."""
-        return self.method != "dco" and not (self.method.endswith("_gold") and self.candidates is not None)
+    def training(self) -> Train:
+        """The step that trains."""
+        from calm_ray.methods.shared.train import Train
+
+        return Train(self, self.objective, self.steps[-1])
 
     @property
-    def samples(self) -> bool:
-        """Whether the method needs completions: it votes on them, or takes its candidates from them."""
-        return self.votes or (self.candidates is not None and self.candidates.form == "samples")
+    def graph(self) -> Graph:
+        """All steps of a round, in their order."""
+        return Graph((*self.steps, self.training), self.evaluation, self.of_method.section)
 
     @property
-    def answers_by_writing(self) -> bool:
-        """Whether held-out questions are answered by writing, and not by the likeliest of given candidates."""
-        return self.candidates is None or self.candidates.form == "samples"
+    def needs_gold(self) -> bool:
+        """Whether the questions trained on must have gold answers."""
+        return self.of_method.needs_gold(self.own)
 
     @property
     def writes(self) -> bool:
         """Whether the engines write completions at all, to sample or to answer held-out questions."""
-        return self.samples or self.answers_by_writing
+        return any(step.writes for step in (*self.steps, *self.evaluation))
 
     @property
-    def has_optimum(self) -> bool:
-        """Whether one policy is optimal: with two languages drawn out of more, each two have their own."""
-        return self.method == "dco" and (self.dco.languages == "joint" or len(self.languages) == 2)
+    def remark(self) -> str | None:
+        """What a person should know when the run starts."""
+        return self.of_method.remark(self, self.own)
 
-    def _check_trl_batch(self) -> None:
-        """TRL makes a step from whole batches of every worker: refuses what would take another number of pairs."""
-        train = self.train
-        if train.engine != "trl":
-            return
-        each = train.trl.get("per_device_train_batch_size", max(1, train.batch_pairs // train.most_workers))
-        if not isinstance(each, int) or each < 1 or train.batch_pairs % (each * train.most_workers):
-            raise ValueError(
-                f"train.batch_pairs: with train.engine: trl it must be a multiple of {train.most_workers} workers "
-                f"with {each} pairs each (train.trl.per_device_train_batch_size)"
-            )
+    def as_record(self) -> dict[str, Any]:
+        """What a run's config.json holds: every key, and what code its plug-ins are."""
+        return {**self.model_dump(mode="json"), "plugins": {name: identity_of(name) for name in self.plugins}}
 
 
-def objective_of(method: str) -> Objective:
-    if method == "dco":
-        return "dco"
-    return "sft" if method.startswith("sft") else "dpo"
+def _below(defaults: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe over the defaults of its method, section by section; a section may be left empty."""
+    merged = dict(raw)
+    for name, section in defaults.items():
+        given = raw.get(name)
+        if given is None or isinstance(given, Mapping):
+            merged[name] = {**section, **(given or {})}
+    return merged
+
+
+def parse_config(raw: Any, allowed: Sequence[str] | None = None) -> Config:
+    """The configuration that keys and values make. Raises ValueError, of which pydantic's ValidationError is one.
+
+    `allowed` are the packages whose code may run; None for those that `plugins` names, as in a recipe.
+    """
+    return config_class(raw, allowed).model_validate(raw)
+
+
+def config_class(raw: Any, allowed: Sequence[str] | None = None) -> type[Config]:
+    """The configurations of the method that is named. Raises ValueError for one that is not known or not allowed."""
+    named: Mapping[str, Any] = raw if isinstance(raw, Mapping) else {}
+    if allowed is None:
+        plugins = named.get("plugins")
+        allowed = [str(name) for name in plugins] if isinstance(plugins, list | dict) else []
+    return _class_of(str(named.get("method", DEFAULT_METHOD)), tuple(allowed))
+
+
+@lru_cache
+def _class_of(name: str, allowed: Sequence[str]) -> type[Config]:
+    """With the sections of all methods that belong to calm_ray, since a recipe may serve several, and its own."""
+    own = method_named(name, allowed)
+    settings: dict[str, type[Section]] = {each.section: each.settings for each in METHODS.values()}
+    if settings.setdefault(own.section, own.settings) is not own.settings or own.section in Config.model_fields:
+        raise ValueError(f"method: {name} calls its section {own.section}, which is the name of another one")
+    sections: dict[str, Any] = {
+        section: (kind, ... if any(field.is_required() for field in kind.model_fields.values()) else kind())
+        for section, kind in settings.items()
+    }
+    made = create_model("Config", __base__=Config, __doc__=Config.__doc__, **sections)
+    made.of_method = own
+    return made

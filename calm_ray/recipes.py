@@ -10,18 +10,19 @@ A recipe's section `compare` is for `jobs/compare.py` (see `calm_ray.comparison.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from calm_ray.config import Config
+from calm_ray.config import Config, config_class
 from calm_ray.core import safe_yaml
 from calm_ray.core.errors import InputError
 from calm_ray.core.safety import local_path, redact
-from calm_ray.core.sections import Preferences, unknown_name
+from calm_ray.core.sections import unknown_name
+from calm_ray.methods.calm.settings import Preferences
 
 RECIPES = Path(__file__).parent.parent / "jobs" / "recipes"
 DEMO_RECIPE = RECIPES / "demo.yaml"
@@ -60,13 +61,22 @@ def recipe_and_overrides(words: Sequence[str]) -> tuple[str | None, list[str]]:
     return recipes[0] if recipes else None, [word for word in words if is_override(word)]
 
 
-def validated(raw: dict[str, Any], source: str) -> Config:
-    """The configuration that keys and values make; `source` is where they are from, for what InputError says."""
+def validated(raw: Mapping[str, Any], source: str, allowed: Sequence[str] | None = None) -> Config:
+    """The configuration that keys and values make; `source` is where they are from, for what InputError says.
+
+    `allowed` as in `calm_ray.config.parse_config`.
+    """
+    lines: list[str]
     try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in _explain(error))
-        raise InputError(f"{source} is not a valid recipe:\n{lines}") from None
+        kind = config_class(raw, allowed)
+    except ValueError as error:
+        lines = [redact(str(error))]
+    else:
+        try:
+            return kind.model_validate(raw)
+        except ValidationError as error:
+            lines = _explain(error, kind)
+    raise InputError(f"{source} is not a valid recipe:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def load_preferences(preset: str, overrides: list[str]) -> Preferences:
@@ -164,13 +174,15 @@ def _shown(value: Any) -> str:
     return shown if len(shown) <= LONGEST_VALUE else shown[:LONGEST_VALUE] + "..."
 
 
-def _explain(error: ValidationError, of: type[BaseModel] = Config) -> list[str]:
+def _explain(error: ValidationError, of: type[BaseModel]) -> list[str]:
     lines = []
     for item in error.errors():
         # pydantic adds the kinds of a union to the place, as in dco.gamma.constrained-float.
         where = ".".join(str(part) for part in item["loc"] if not re.search(r"constrained|\[", str(part)))
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: {unknown_name(str(item['loc'][-1]), _keys_beside(item['loc'], of))}")
+            key = str(item["loc"][-1])
+            other = "".join(f"; there is {place}" for place in _places_of(key, of))
+            lines.append(f"{where}: {unknown_name(key, _keys_beside(item['loc'], of))}{other}")
         elif item["type"] == "missing":
             lines.append(f"{where}: is missing")
         else:
@@ -180,10 +192,21 @@ def _explain(error: ValidationError, of: type[BaseModel] = Config) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+def _places_of(key: str, config: type[BaseModel]) -> list[str]:
+    """The sections' keys of that name."""
+    sections = {name: _section_in(field.annotation) for name, field in config.model_fields.items()}
+    return [f"{name}.{key}" for name, section in sections.items() if section and key in section.model_fields]
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def _keys_beside(location: tuple[int | str, ...], section: type[BaseModel]) -> list[str]:
     """The keys of the section that holds the last part of an error's location."""
     for part in location[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        candidates = [annotation, *get_args(annotation)]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        below = _section_in(section.model_fields[str(part)].annotation)
+        assert below is not None
+        section = below
     return list(section.model_fields)

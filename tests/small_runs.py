@@ -94,7 +94,8 @@ def ray_8_cpus(cache: Path) -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_AUTH_TOKEN", "a" * 64)  # else Ray leaves one in the user's home
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent / "chaos")  # for engines that load its logits processor
+    paths = [str(Path(__file__).parent / "chaos"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for engines that load its logits processor
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield

@@ -11,24 +11,25 @@ import ray.data
 
 from calm_ray.cluster.resources import DATA_CPUS
 
-ChunkJob = Callable[[dict[str, Any]], dict[str, Any]]
-"""Takes {"chunk": its name}; returns a flat row."""
+Count = Callable[[str], Counter[str]]
+"""Takes a chunk's name; returns what is counted in it."""
 
 
-def over_chunks(task: ChunkJob, chunks: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The task's row for each chunk, as they are finished."""
+def over_chunks(task: Count, chunks: Sequence[str]) -> Iterator[Counter[str]]:
+    """The task's counts of each chunk, as they are finished."""
+
+    def in_task(row: dict[str, Any]) -> dict[str, Any]:
+        return {"counts": json.dumps(task(str(row["chunk"])))}
+
     if chunks:
         dataset = ray.data.from_items([{"chunk": chunk} for chunk in chunks], override_num_blocks=len(chunks))
-        yield from dataset.map(task, num_cpus=DATA_CPUS).iter_rows()
+        for row in dataset.map(in_task, num_cpus=DATA_CPUS).iter_rows():
+            yield Counter(json.loads(row["counts"]))
 
 
-def count_over(count: Callable[[str], Counter[str]], chunks: Sequence[str]) -> Counter[str]:
+def count_over(count: Count, chunks: Sequence[str]) -> Counter[str]:
     """The sum of what is counted in each chunk."""
-
-    def task(row: dict[str, Any]) -> dict[str, Any]:
-        return {"counts": json.dumps(count(str(row["chunk"])))}
-
     total: Counter[str] = Counter()
-    for row in over_chunks(task, chunks):
-        total.update(json.loads(row["counts"]))
+    for counts in over_chunks(count, chunks):
+        total.update(counts)
     return total

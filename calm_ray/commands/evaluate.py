@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from calm_ray.cluster.connection import cluster
@@ -13,48 +14,56 @@ from calm_ray.core.errors import InputError
 from calm_ray.engines.pool import EnginePool
 from calm_ray.evaluation.tables import evaluation_table
 from calm_ray.job.engines import engine_spec
-from calm_ray.job.open_run import open_run
+from calm_ray.job.job import Job
+from calm_ray.job.open_run import OpenedRun, open_run
 from calm_ray.job.prompt_limits import candidate_check, check_lengths
-from calm_ray.job.round import Stages
 from calm_ray.planning.needs import needs_of
 from calm_ray.questions.reader import take_in, write_chunks
 from calm_ray.run.lock import locked
 from calm_ray.run.stage import Stage
 
 
-def evaluate_again(location: str, questions: str | None, round_number: int | None) -> None:
+def evaluate_again(location: str, questions: str | None, round_number: int | None, plugins: Sequence[str] = ()) -> None:
     """Asks a run's policy (default: its last) a file's questions (default: the run's held-out ones); prints a table.
 
     The answers stay in the run's folder `evaluations`.
     """
-    opened = open_run(location)
+    opened = open_run(location, plugins)
     config, run = opened.config, opened.run
+    answers, *_ = config.evaluation
     policy, model = opened.policy(round_number), opened.model()
-    if questions is None:
-        asked, label = run.questions("evaluate"), "held-out"
-        if not asked.chunks():
-            raise InputError(f"{run.uri} has no held-out questions; name a file of them with --questions")
-    else:
-        places = config.questions
-        rows = take_in(
-            questions,
-            config.asked_languages,
-            needs_gold=True,
-            on_bad_row=places.on_bad_row,
-            language=places.language,
-            check=candidate_check(model.local_folder(weights=False), config),
-        ).questions
-        if config.answers_by_writing:
-            check_lengths(model.local_folder(weights=False), rows, config)
-        content = json.dumps(rows, sort_keys=True).encode()
-        label = f"{re.sub(r'[^A-Za-z0-9]+', '-', Path(questions).stem)}-{hashlib.sha256(content).hexdigest()[:8]}"
-        asked = Stage(run.storage.under(f"evaluations/{label}/questions"))
-        write_chunks(rows, asked, config.sampling.prompts_per_chunk)
+    asked, label = _questions(opened, questions, is_written=answers.writes)
     output = Stage(run.storage.under(f"evaluations/{label}/{policy.name}"))
     if not output.is_finished:
         with locked(run.storage, say), cluster(needs_of(config, training=False)):
             output.recover()
-            with EnginePool(engine_spec(config, model), config.languages, say) as pool:
-                stages = Stages(config, run, model, pool)
-                stages.ask(f"evaluate {policy.name}", policy, asked, output)
+            with EnginePool(engine_spec(config, model), config.languages, say) as engines:
+                round = Job(config, run, model, engines).round(policy.round, policy, policy)
+                answers.ask(round, policy, asked, output, f"evaluate {policy.name}")
     console.print(evaluation_table(f"policy {policy.name} on {label}, percent", output.record["report"]))
+
+
+def _questions(opened: OpenedRun, source: str | None, *, is_written: bool) -> tuple[Stage, str]:
+    """The questions to ask, in chunks, and what they are called."""
+    config, run, model = opened.config, opened.run, opened.model()
+    if source is None:
+        asked = run.questions("held_out")
+        if not asked.chunks():
+            raise InputError(f"{run.uri} has no held-out questions; name a file of them with --questions")
+        return asked, "held-out"
+    places, folder = config.questions, model.local_folder(weights=False)
+    rows = take_in(
+        source,
+        config.asked_languages,
+        needs_gold=True,
+        on_bad_row=places.on_bad_row,
+        language=places.language,
+        check=candidate_check(folder, config),
+    ).questions
+    if is_written:
+        check_lengths(folder, rows, config)
+    content = json.dumps(rows, sort_keys=True).encode()
+    label = f"{re.sub(r'[^A-Za-z0-9]+', '-', Path(source).stem)}-{hashlib.sha256(content).hexdigest()[:8]}"
+    asked = Stage(run.storage.under(f"evaluations/{label}/questions"))
+    write_chunks(rows, asked, config.sampling.prompts_per_chunk)
+    return asked, label

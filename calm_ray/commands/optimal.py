@@ -3,57 +3,59 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from calm_ray.core.console import console
 from calm_ray.core.errors import InputError
-from calm_ray.evaluation.tables import percent, plain_table
-from calm_ray.job.open_run import open_run
+from calm_ray.evaluation.tables import OPTIMAL, PARTS, percent, plain_table
+from calm_ray.job.open_run import OpenedRun, open_run
 from calm_ray.methods.dco.gamma import describe_gamma, distance_from_rank_one, exponents, gammas
-from calm_ray.run.directory import RunDirectory
+from calm_ray.methods.dco.optimum import Optimum, optimum_of
+from calm_ray.run.policies import Policy
 
 
-def show_optimum(location: str, round_number: int | None, as_json: bool) -> None:
+def show_optimum(location: str, round_number: int | None, as_json: bool, plugins: Sequence[str] = ()) -> None:
     """Prints a round's policy, the reference it was trained from and the optimal policy, on both sets of questions.
 
     Everything was computed from scores when the round was evaluated. Raises InputError where a run has none.
     """
-    opened = open_run(location)
+    opened = open_run(location, plugins)
     run, config = opened.run, opened.config
-    finished = [n for n in range(config.rounds + 1) if run.stage(n, "optimal").is_finished]
-    if not finished:
+    finished = [n for n in range(config.rounds + 1) if run.stage(n, Optimum.name).is_finished]
+    optimum = optimum_of(config.evaluation)
+    if optimum is None or not finished:
         why = "no round of it has been scored"
-        if config.method != "dco":
-            why = "it is no run of method: dco"
-        elif not config.has_optimum:
-            why = "with dco.languages: bilingual every two languages have one of their own"
+        if optimum is None:
+            why = "only runs with method: dco have one, and only with dco.languages: joint, or two languages"
         raise InputError(f"{run.uri}: has no optimal policy, since {why}")
     number = max(finished) if round_number is None else round_number
     if number not in finished:
         raise InputError(f"{run.uri}: round {number} has no optimal policy; there are {finished}")
-    policies = _policies(run, number, config.train.reference)
-    gamma = gammas(config.dco, config.languages, config.train.beta)
-    distance = distance_from_rank_one(gamma, config.train.beta)
+    policies = _policies(opened, number, optimum)
+    dco, beta = optimum.dco, config.train.beta
+    gamma = gammas(dco, config.languages, beta)
     if as_json:
         print(json.dumps({"languages": config.languages, "gamma": gamma.tolist(), **policies}, indent=2))
         return
-    console.print(describe_gamma(distance))
-    _print_gamma(config.languages, exponents(gamma, config.train.beta).tolist())
-    for part, title in (("held_out", "held-out questions"), ("training", "questions trained on")):
+    console.print(describe_gamma(distance_from_rank_one(gamma, beta)))
+    _print_gamma(config.languages, exponents(gamma, beta).tolist())
+    for part, title in PARTS.items():
         if part in policies:
             _print_policies(f"{title}, percent", policies[part])
 
 
-def _policies(run: RunDirectory, number: int, reference: str) -> dict[str, dict[str, Any]]:
+def _policies(opened: OpenedRun, number: int, optimum: Optimum) -> dict[str, dict[str, Any]]:
     """part -> name of a policy -> its report."""
-    parts = {"held_out": "evaluate", "training": "score"}
-    before = 0 if reference == "base" else max(0, number - 1)
+    run, is_base = opened.run, opened.config.train.reference == "base"
+    reference = Policy() if is_base else opened.policy(max(0, number - 1))
+    optimal = run.stage(number, optimum.name).record
     found: dict[str, dict[str, Any]] = {}
-    for part, optimum in run.stage(number, "optimal").record.items():
-        stages = {"reference": run.stage(number, f"reference_{parts[part]}"), "policy": run.stage(number, parts[part])}
-        if not stages["reference"].is_finished:
-            stages["reference"] = run.stage(before, parts[part])
-        found[part] = {name: stage.record["report"] for name, stage in stages.items()} | {"optimal": optimum}
+    for scores, of_reference in optimum.scored:
+        if scores.part in optimal:
+            stages = [of_reference.found(run, number, reference.name), run.stage(number, scores.name)]
+            before, after = (stage.record["report"] for stage in stages)
+            found[scores.part] = {"reference": before, "policy": after, OPTIMAL: optimal[scores.part]}
     return found
 
 
@@ -77,7 +79,7 @@ def _print_policies(title: str, reports: dict[str, dict[str, Any]]) -> None:
         shares += [report["accuracy"][code] for code in languages] + [report.get("accuracy_mean")]
         table.add_row(name, *(percent(share) for share in shares))
     console.print(table)
-    optimum = reports["optimal"]
+    *_, optimum = reports.values()
     console.print(
         f"the policy answers as the optimal one to {percent(optimum['top1_with_optimal'])} percent; their margins are "
         f"{optimum['margin_distance']:.2f} nats apart in the mean\n"

@@ -13,13 +13,14 @@ from calm_ray.cluster.machines import GB, Node
 from calm_ray.config import Config
 from calm_ray.core.console import console, say
 from calm_ray.core.errors import InputError
-from calm_ray.planning.durations import BANDWIDTH_SHARE, FLOPS_SHARE
+from calm_ray.methods.work import Work
+from calm_ray.planning.durations import BANDWIDTH_SHARE, FLOPS_SHARE, REFERENCE
 from calm_ray.planning.hardware import nodes_alike, nodes_of_launcher, this_machine
 from calm_ray.planning.layout import Place, gb, lay_out
 from calm_ray.planning.model_shape import Shape, shape_of
 from calm_ray.planning.needs import needs_of
 from calm_ray.planning.plan import Plan, make_plan
-from calm_ray.planning.work import BYTES_PER_TOKEN, CHOICES, PROMPT_TOKENS
+from calm_ray.planning.work import CHOICES, PROMPT_TOKENS, TEXT_BYTES_PER_TOKEN
 from calm_ray.recipes import load_config
 
 MOST_GUESSED = 64
@@ -100,7 +101,7 @@ def print_plan(plan: Plan) -> None:
             f"{gb(engine.allowance)} of the engine; "
             f"its weights, {gb(config.engines.tensor_parallel_size * engine.weights)}, wait in the host"
         )
-    console.print(_stages(plan))
+    console.print(_steps(plan))
     for where, sizes in (("run's storage, of a round", plan.work.disk), ("cache of each node", plan.work.cache)):
         each = ", ".join(f"{name} {gb(size)}" for name, size in sizes.items() if size)
         say(f"disk, in the {where}: at most {gb(sum(sizes.values()))} ({each})")
@@ -167,32 +168,34 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _stages(plan: Plan) -> Table:
+def _steps(plan: Plan) -> Table:
     """What one round does, and how long that may take."""
     config, work = plan.config, plan.work
     of = "one round" if work.is_counted else "one round, FOR EACH QUESTION (their files are not here)"
-    table = Table("stage", "at most", "time", title=of)
-    amounts = {
-        "sample": f"{work.completions:,} completions, {work.sampled:,} tokens",
-        "translate": f"{work.translated:,} tokens",
-        "score": f"{work.scored:,} tokens read",
-        "reference": f"{work.pairs * work.pair_tokens:,} tokens",
-        "train": f"{work.pairs:,} pairs, {work.pairs * work.pair_tokens:,} tokens an epoch",
-        "evaluate": f"{work.asked:,} tokens read, {work.answered:,} written",
-    }
-    has = {"sample": work.completions, "translate": work.translated, "score": work.scored, "train": work.pairs}
-    has |= {"reference": work.pairs and config.objective != "sft", "evaluate": work.asked}
+    table = Table("step", "at most", "time", title=of)
+    amounts: dict[str, str] = {}
+    for name, step in work.steps.items():
+        if step.reference:
+            amounts[REFERENCE] = f"{step.reference:,} tokens"
+        if step.rows:
+            amounts[name] = _amount(step)
     for name, amount in amounts.items():
-        if has[name]:
-            seconds = plan.seconds.get(name)
-            table.add_row(name, amount, "-" if seconds is None else duration(seconds))
+        seconds = plan.seconds.get(name)
+        table.add_row(name, amount, "-" if seconds is None else duration(seconds))
     if plan.seconds and work.is_counted:
-        each = sum(plan.seconds.values())
+        each, evaluation = sum(plan.seconds.values()), config.evaluation
         table.add_row("together", "", duration(each))
         if config.rounds:
-            whole = config.rounds * each + plan.seconds.get("evaluate", 0.0)
-            table.add_row(f"the run: {config.rounds} round(s)", "and the model before any training", duration(whole))
+            before = sum(plan.seconds.get(step.name, 0.0) for step in evaluation if step.first_round == 0)
+            whole = duration(config.rounds * each + before)
+            table.add_row(f"the run: {config.rounds} round(s)", "and the model before any training", whole)
     return table
+
+
+def _amount(work: Work) -> str:
+    tokens = [f"{count:,} {what}" for what, count in (("read", work.read), ("written", work.written)) if count]
+    tokens += [f"{work.trained:,} an epoch"] if work.trained else []
+    return f"{work.rows:,} {work.unit}" + (f", tokens: {', '.join(tokens)}" if tokens else "")
 
 
 def assumptions(plan: Plan) -> list[str]:
@@ -214,7 +217,7 @@ def assumptions(plan: Plan) -> list[str]:
     if plan.config.train.engine == "trl":
         lines.append("TRL's trainer is counted like calm_ray's own, with as many pairs at a time as a batch has")
     if plan.work.is_counted:
-        lines.append(f"prompts have {plan.work.prompt_tokens} tokens: a token for {BYTES_PER_TOKEN} bytes of text")
+        lines.append(f"prompts have {plan.work.sizes.prompt} tokens: a token for {TEXT_BYTES_PER_TOKEN} bytes of text")
     else:
         lines.append(f"prompts have {PROMPT_TOKENS} tokens, questions {CHOICES} choices")
     lines.append("every completion is as long as sampling.max_new_tokens lets it be, and every one loses")

@@ -6,9 +6,9 @@ A recipe may hold a section `compare`: what a method has otherwise than the reci
       sft_gold: {train: {learning_rate: 5e-7}}
       dpo_gold->dco: {rounds: 2}
 
-The keys of `train` that each objective has its own values for (learning rate, epochs, beta, sft_weight and so on) are
-meant for the recipe's own method. A method with another objective does not take them from the recipe: it has the
-defaults of its own objective, but for what `compare` says. Everything else in the recipe holds for all methods.
+The keys of `train` that methods have defaults of their own for (learning rate, epochs, beta, sft_weight and so on) are
+meant for the recipe's own method. A method with other defaults does not take them from the recipe: it has its own, but
+for what `compare` says. Everything else in the recipe holds for all methods.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from calm_ray.config import TRAIN_BY_OBJECTIVE, Config, objective_of
+from calm_ray.config import DEFAULT_METHOD, Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import WORLD, unknown_name
+from calm_ray.methods import METHODS
 from calm_ray.recipes import COMPARE, merge, override, read_recipe, validated
 from calm_ray.run.directory import RunDirectory
 
 BASE = "base"
 """The row of what all methods start from; no method, and no run."""
 ARROW = "->"
-METHODS: list[str] = list(get_args(Config.model_fields["method"].annotation))
 TABLE_1 = [BASE, "sft_gold", "dpo_gold", "calm", f"dpo_gold{ARROW}dco", "dco"]
 """DCO, Table 1, with CALM before the rows of DCO."""
 
-_BY_OBJECTIVE = {"sft_weight", *(key for defaults in TRAIN_BY_OBJECTIVE.values() for key in defaults)}
+_OF_METHODS = {"sft_weight", *(key for method in METHODS.values() for key in method.train_defaults)}
+"""The keys of `train` that methods have their own values for."""
 _NAMED_BY_PLAN = ("name", "method", "init_from")
 _THE_SAME = [
     "storage", "seed", "languages", "model", "device", "world", "questions", "sampling", "engines", "placement",
-    "candidates",    "train.lora", "preferences.extraction",
+    "candidates", "train.lora",
 ]  # fmt: skip
 """What methods must share, to be compared at all, and to be served by the same engines."""
 
@@ -56,18 +57,8 @@ class Contender:
         return RunDirectory(self.config.storage, self.config.name)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What `config.json` holds."""
-        return self.config.model_dump(mode="json")
-
-    @property
     def starts_from_another(self) -> bool:
         return ARROW in self.method
-
-    @property
-    def needs_gold(self) -> bool:
-        """Whether the questions trained on must have gold answers."""
-        return self.config.method.endswith("_gold") or self.config.dco.exclude_gold
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ def named_methods(words: Sequence[str]) -> list[str]:
             if part.endswith("-"):
                 raise InputError(f"--methods: {part} is not known; an arrow must stand in quotes: 'dpo_gold->dco'")
             if part not in METHODS:
-                raise InputError(f"--methods: {unknown_name(part, METHODS if ARROW in method else [BASE, *METHODS])}")
+                raise InputError(f"--methods: {unknown_name(part, [*([] if ARROW in method else [BASE]), *METHODS])}")
     return list(dict.fromkeys(methods))
 
 
@@ -132,7 +123,7 @@ class _Recipes:
             raise InputError(f"{self._path}: {COMPARE}: holds the keys of each method, like dco: {{rounds: 2}}")
         for method, keys in section.items():
             if unknown := [part for part in _arrows(method).split(ARROW) if part not in METHODS]:
-                raise InputError(f"{self._path}: {COMPARE}: {unknown_name(unknown[0], METHODS)}")
+                raise InputError(f"{self._path}: {COMPARE}: {unknown_name(unknown[0], list(METHODS))}")
             if taken := [key for key in _NAMED_BY_PLAN if key in keys]:
                 raise InputError(f"{self._path}: {COMPARE}.{method}.{taken[0]}: follows from the method and the recipe")
         return {_arrows(method): keys for method, keys in section.items()}
@@ -140,8 +131,9 @@ class _Recipes:
     def config(self, method: str) -> Config:
         raw = deepcopy(self._raw)
         before, _, last = method.rpartition(ARROW)
-        if objective_of(last) != objective_of(str(raw.get("method", "calm"))) and isinstance(raw.get("train"), dict):
-            raw["train"] = {key: value for key, value in raw["train"].items() if key not in _BY_OBJECTIVE}
+        train = raw.get("train")
+        if not _trains_alike(last, str(raw.get("method", DEFAULT_METHOD))) and isinstance(train, dict):
+            raw |= {"train": {key: value for key, value in train.items() if key not in _OF_METHODS}}
         merge(raw, deepcopy(self._by_method.get(method, {})))
         for word in self._for_all:
             override(raw, word)
@@ -157,6 +149,13 @@ class _Recipes:
             raw["name"] = _run_name(raw["name"], method)
         raw["method"] = last
         return validated(raw, f"{self._path}, method {method},")
+
+
+def _trains_alike(first: str, second: str) -> bool:
+    """Whether two methods have the same defaults of training, so that a recipe's values are meant for both."""
+    return all(name in METHODS for name in (first, second)) and (
+        METHODS[first].train_defaults == METHODS[second].train_defaults
+    )
 
 
 def _arrows(method: Any) -> str:

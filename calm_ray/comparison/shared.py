@@ -6,17 +6,19 @@ Policies are the same where their weights are, whatever a run calls them: what `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_args
 
 from calm_ray.comparison.contenders import Contender
+from calm_ray.config import Config
 from calm_ray.core.console import say
 from calm_ray.core.errors import InputError
-from calm_ray.run.directory import RunDirectory
+from calm_ray.methods.base import Step
+from calm_ray.run.directory import RunDirectory, Split
 from calm_ray.run.policies import Policy
 from calm_ray.run.stage import Stage
 
-SPLITS: tuple[Literal["align", "evaluate"], ...] = ("align", "evaluate")
+SPLITS = get_args(Split)
 
 
 def check_common_start(contenders: Sequence[Contender]) -> None:
@@ -47,8 +49,10 @@ def _other_than(run: RunDirectory, first: RunDirectory, what: str) -> str:
 
 
 def _same_rows(one: Stage, other: Stage) -> bool:
+    here, there = one.manifest(), other.manifest()
     return one.chunks() == other.chunks() and all(
-        one.read_chunk(chunk).equals(other.read_chunk(chunk)) for chunk in one.chunks()
+        here[name]["sha256"] == there[name]["sha256"] or one.read_chunk(chunk).equals(other.read_chunk(chunk))
+        for chunk, name in ((chunk, f"{chunk}.parquet") for chunk in one.chunks())
     )
 
 
@@ -59,21 +63,44 @@ def share_questions(run: RunDirectory, others: Sequence[RunDirectory]) -> None:
             _take(run.questions(split), other.questions(split))
 
 
-def share_start(one: Contender, start: Policy, others: Sequence[Contender]) -> None:
+def share_start(one: Contender, others: Sequence[Contender]) -> None:
     """Copies what another run knows of the policy that a run starts from: its answers, its scores, its samples.
 
-    All share model, questions and sampling. Samples are those of round 1 alone: a round has its own seeds.
+    These are the rows of steps that both runs have, with the same settings, and that depend on questions and policy
+    alone. Samples are those of round 1 alone: a round has its own seeds.
     """
-    run = one.run
+    run, start = one.run, one.run.start or Policy()
     for other in others:
         for number, policy in _policies(other):
             if policy.sha256 != start.sha256:
                 continue
             name = start.name if start.name != policy.name else None
-            for part in ("evaluate", "score"):
-                _take(run.stage(0, part), other.run.stage(number, part), name)
-            if number == 0 and one.config.samples:
-                _take(run.stage(1, "sample"), other.run.stage(1, "sample"), name)
+            for step in _in_common(one.config, other.config, lambda config: config.evaluation):
+                _take(run.stage(0, step.name), other.run.stage(number, step.name), name)
+            if number == 0:
+                for step in _in_common(one.config, other.config, lambda config: config.steps):
+                    _take(run.stage(1, step.name), other.run.stage(1, step.name), name)
+
+
+def _in_common(one: Config, other: Config, steps_of: Callable[[Config], Sequence[Step]]) -> list[Step]:
+    """The steps by which engines answer the run's questions, and which are the same in both runs."""
+    here, there = one.model_dump(mode="json"), other.model_dump(mode="json")
+    others = {step.name: step for step in steps_of(other)}
+    return [
+        step
+        for step in steps_of(one)
+        if step.asks in ("start", "trained")
+        and set(step.reads) <= {"questions", "held_out"}
+        and step.name in others
+        and others[step.name].kind == step.kind
+        and all(_value(here, key) == _value(there, key) for key in (*step.keys, *step.trained_keys))
+    ]
+
+
+def _value(config: Any, key: str) -> Any:
+    for word in key.split("."):
+        config = config.get(word) if isinstance(config, dict) else None
+    return config
 
 
 def _policies(contender: Contender) -> Iterator[tuple[int, Policy]]:
@@ -81,8 +108,8 @@ def _policies(contender: Contender) -> Iterator[tuple[int, Policy]]:
     run, config = contender.run, contender.config
     if config.init_from is None or run.start is not None:
         yield 0, run.start or Policy()
-    for number in range(1, config.rounds + 1):
-        if run.stage(number, "train").is_finished:
+    for number in run.trained_rounds():
+        if number <= config.rounds:
             yield number, run.policy(number)
 
 

@@ -7,13 +7,14 @@ from typing import Any
 from calm_ray.comparison.contenders import BASE, Comparison
 from calm_ray.core.console import console
 from calm_ray.evaluation.score_report import ENGLISH
-from calm_ray.evaluation.tables import percent, plain_table
-from calm_ray.job.summary import first_optimum
+from calm_ray.evaluation.tables import first_optimum, percent, plain_table
 from calm_ray.run.directory import RunDirectory
 
 SHARES = {"rankc_en": "CLC_all", "rankc_mean": "RankC\nmean", "accuracy_en": "A_EN", "accuracy_others": "A_not-EN"}
 """The shares of a row by name, and what their columns are called."""
 
+WORK = ("pairs", "seconds")
+"""What a row's runs took."""
 Row = dict[str, Any]
 
 
@@ -51,7 +52,8 @@ def _row(method: str, run: RunDirectory, report: dict[str, Any]) -> Row:
 
 def _work(rounds: list[dict[str, Any]]) -> Row:
     seconds = sum(sum(entry["seconds"].values()) for entry in rounds)
-    return {"pairs": sum(entry["pairs"] for entry in rounds), "seconds": seconds}
+    pairs = sum(entry.get("pairs", 0) for entry in rounds)
+    return dict(zip(WORK, (pairs, seconds), strict=True))
 
 
 def print_rows(name: str, rows: list[Row]) -> None:
@@ -60,11 +62,11 @@ def print_rows(name: str, rows: list[Row]) -> None:
     title = f"{name}: held-out questions, percent" + (f", and the difference to {BASE}" if base else "")
     table = plain_table(title)
     table.add_column("method", no_wrap=True)
-    for column in [*SHARES.values(), "pairs", "seconds"]:
+    for column in [*SHARES.values(), *WORK]:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         shares = [percent(row[key]) if base in (None, row) else change(row[key], base[key]) for key in SHARES]
-        work = [str(row["pairs"]), f"{row['seconds']:.0f}"] if "pairs" in row else ["-", "-"]
+        work = [f"{row[key]:.0f}" if key in row else "-" for key in WORK]
         table.add_row(row["method"], *shares, *work)
     console.print(table)
     console.print("CLC_all: RankC of the pairs of languages with English, their mean; RankC mean: of all pairs.")

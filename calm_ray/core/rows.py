@@ -19,7 +19,7 @@ BASE_POLICY = "base"
 class Question(TypedDict):
     """One multiple-choice question in one language.
 
-    Produced by `questions`, consumed by `sampling`, `preferences` and `evaluation`.
+    Produced by `questions`, consumed by the engines, `methods` and `evaluation`.
     The same `question_id` exists in every language, with `choices` parallel by index.
 
     Example:
@@ -37,7 +37,7 @@ class Question(TypedDict):
 
 
 class Completion(TypedDict):
-    """One sampled answer. Produced by the engines, consumed by `preferences`.
+    """One sampled answer. Produced by the engines, consumed by `methods`.
 
     Example:
         {"question_id": "q17", "language": "fr", "sample": 2, "round": 1,
@@ -64,7 +64,7 @@ class Completion(TypedDict):
 
 
 class Vote(TypedDict):
-    """What the completions of one question say together. Produced and consumed by `preferences`.
+    """What the completions of one question say together. Produced and consumed by `methods.calm`.
 
     Example:
         {"question_id": "q17", "counts": {"A": 3, "B": 9}, "winner": "B", "agreement": 0.75,
@@ -83,7 +83,7 @@ class Vote(TypedDict):
 
 
 class Pair(TypedDict):
-    """One preference. Produced by `preferences`, consumed by `training`.
+    """One preference. Produced by `methods`, consumed by `training`.
 
     The columns `prompt`, `chosen`, `rejected` are TRL's preference format: any TRL script reads it.
 
@@ -118,8 +118,8 @@ class Pair(TypedDict):
 class CandidateSet(TypedDict):
     """The candidate answers to one question in one language, parallel by index over the languages.
 
-    Produced by `sampling.candidates`, or by `preferences` from samples; consumed by the engines, which score them, and
-    by `preferences`.
+    Produced by `methods.candidates`, or by `methods.dco` from samples; consumed by the engines, which score them, and
+    by `methods.dco`.
 
     Example:
         {"question_id": "q17", "language": "fr", "prompt": "Quel ... ?\nA. aigle\nB. ours\nRéponse :",
@@ -140,7 +140,7 @@ class CandidateSet(TypedDict):
 
 
 class Scored(CandidateSet):
-    """How likely a policy finds each candidate. Produced by the engines, consumed by `preferences` and `evaluation`.
+    """How likely a policy finds each candidate. Produced by the engines, consumed by `methods` and `evaluation`.
 
     Log-probabilities are sums over tokens, in nats.
 
@@ -203,7 +203,7 @@ class Prediction(TypedDict):
 
 
 class BadPrompt(TypedDict):
-    """A prompt that ends every engine it is given to. Produced by `sampling`, for a person and for what comes after.
+    """A prompt that ends every engine it is given to. Produced by `engines`, for a person and for what comes after.
 
     Example:
         {"question_id": "q17", "language": "fr", "questions": "questions/align", "stage": "rounds/1/sample",

@@ -1,4 +1,4 @@
-"""The sections of a recipe: their keys, what they mean, and their defaults. Every stage is given only its own."""
+"""The sections of a recipe: their keys, what they mean, and their defaults."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from calm_ray.core.languages import LANGUAGES
 from calm_ray.core.safety import refuse_engine_args, refuse_trl_args
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -151,70 +150,6 @@ class Engines(Section):
         return self
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "strict": {},
-    # The rules that the published files were made by; found from the files, of which they give every row.
-    "released": {
-        "extraction": "released",
-        "ties": "first",
-        "merge_order": ["ja", "fr", "zh", "it", "de", "en"],
-        "judged_alone": ["en"],
-        "positive": "last",
-    },
-}
-"""What `preferences.preset` fills in, where a recipe does not say otherwise."""
-
-
-class Preferences(Section):
-    """From completions to pairs (CALM, section 2.2). Every sample counts the same: weights would need gold answers."""
-
-    preset: Literal["strict", "released"] = "strict"
-    """`released` makes the pairs that were published with the paper; `strict` is every default below."""
-    extraction: Literal["strict", "released"] = "strict"
-    """How an answer is read: one letter after the language's marker, or by the published code's rules."""
-    scope: Literal["all", "own_language"] = "all"
-    """Who votes: all languages together, or each language for itself (a control)."""
-    judged_alone: list[str] = []
-    """Languages that vote with the others, but whose own completions are judged by their own vote alone."""
-    winner: Literal["vote", "random", "gold"] = "vote"
-    """What wins: the most frequent answer; one of those given, at random (a control); or, by the methods `dpo_gold` and
-    `sft_gold` alone, the most frequent one where it is right."""
-    minimum_agreement: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the readable answers that the most frequent one must have to win."""
-    ties: Literal["drop", "first", "smallest", "lowest_entropy"] = "drop"
-    """A tied question gives no pairs; or of the tied answers wins the first in `merge_order`, the alphabetically
-    smallest, or the one whose languages are surest of their answers."""
-    merge_order: list[str] = []
-    """The order in which the languages' ballots are counted; others come before these. For `ties: first` and
-    `positive: last`."""
-    positive: Literal["same_language", "last"] = "same_language"
-    """Which winning completions a losing one is paired with: one of its own language first, drawn by the seed; or the
-    last in `merge_order`, the same for all."""
-    positives: Count = 1
-    """Winning completions that each losing completion is paired with."""
-    negatives: Count | None = None
-    """Losing completions used of one question in one language; null for all."""
-    translator: Literal["world", "model"] = "model"
-    """Who carries a winning completion into another language: the demo world itself, or the model, prompted."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_by_preset(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and isinstance(raw.get("preset"), str):
-            return {**PRESETS.get(raw["preset"], {}), **raw}
-        return raw
-
-    @model_validator(mode="after")
-    def _one_positive_is_last(self) -> Preferences:
-        if self.positive == "last" and self.positives > 1:
-            raise ValueError("positives: must be 1 with positive: last, which names one winning completion")
-        for field in ("judged_alone", "merge_order"):
-            for code in getattr(self, field):
-                if code not in LANGUAGES:
-                    raise ValueError(f"{field}: {unknown_name(code, list(LANGUAGES))}")
-        return self
-
-
 class Candidates(Section):
     """Answers that are compared by how likely a policy finds them, instead of being written (DCO, section 5)."""
 
@@ -227,42 +162,13 @@ class Candidates(Section):
     same by character (acc_norm) or byte of the choice, or the mean over prompt and candidate (DCO's released code)."""
     chat: bool = False
     """Ask in the model's chat template; without it a prompt is plain text, as lm-evaluation-harness has it."""
+    pairs: Count = 1
+    """k, the pairs of candidates drawn of each question, new ones in every round, where a method trains on such."""
     most: Annotated[int, Field(ge=2)] = 4
     """With `form: samples`, how many candidates of a question are kept, drawn by the seed."""
-
-
-class Anchor(Section):
-    """A language that moves less than the others, and by how much (DCO, section 6.4)."""
-
-    language: str
-    strength: Positive
-    """s: the others follow the anchor's margins s times, it follows theirs 1/s times. Above 1 the anchor is stable."""
-
-
-class Dco(Section):
-    """Direct consistency optimisation: how far each language follows the others (DCO, section 4)."""
-
-    gamma: Positive | dict[str, Positive] | None = None
-    """gamma_ij of Eq. 11 and 15, how far language i follows j: one number for all, or a table like {en-fr: 0.1,
-    fr-en: 10}, where "en-fr" is how far en follows fr. Entries left out are `train.beta`; where all are, the optimal
-    policy is consistent."""
-    anchor: Anchor | None = None
-    """Instead of `gamma`."""
-    languages: Literal["joint", "bilingual"] = "joint"
-    """Every pair of candidates is compared in all languages (Eq. 15), or in two of them, drawn by the seed, as the
-    released code has it."""
-    pairs: Count = 1
-    """k, the pairs of candidates drawn of each question, anew in every round."""
-    exclude_gold: bool = False
-    """Draw pairs of wrong candidates alone: gold answers then choose what is trained on."""
-    loss: Literal["absolute", "huber", "squared"] = "absolute"
-    """Of the difference between a margin and its target; the paper's is absolute."""
-
-    @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> Dco:
-        if self.gamma is not None and self.anchor is not None:
-            raise ValueError("anchor: sets every gamma itself; leave out gamma, or anchor")
-        return self
+    translator: Literal["world", "model"] = "model"
+    """With `form: samples`, who carries a candidate into the other languages: the demo world itself, or the model,
+    prompted."""
 
 
 class Lora(Section):
@@ -275,7 +181,7 @@ class Lora(Section):
 
 
 class Train(Section):
-    """The optimisation. Defaults: CALM, Table 5; where the method is DCO, its appendix G and its released code."""
+    """The optimisation. Defaults: CALM, Table 5, but for those that a method has of its own."""
 
     engine: Literal["fsdp", "trl"] = "fsdp"
     """calm_ray's own packed loop, or TRL's DPOTrainer in the same workers."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 from typing import Any
 
 import ray
+from ray.actor import method
 
+from calm_ray.core.errors import CalmRayError
 from calm_ray.engines.child_processes import ChildProcesses
 from calm_ray.engines.requests import ChunkRequest, Counts, Write
 from calm_ray.engines.spec import EngineSpec
@@ -28,7 +31,7 @@ class EngineActor:
 
     def __init__(self, spec: EngineSpec, number: int = 0, heartbeats_name: str | None = None) -> None:
         self._generator: VLLMGenerator | None = None
-        self._leash: ChildProcesses | None = None
+        self._children: ChildProcesses | None = None
         self._number = number
         self._heartbeats = ray.get_actor(heartbeats_name) if heartbeats_name is not None else None
         if self._heartbeats is not None:
@@ -37,7 +40,7 @@ class EngineActor:
             while ray.get(self._heartbeats.is_paused.remote()):
                 time.sleep(BEAT_SECONDS)
         self._generator = VLLMGenerator(spec)
-        self._leash = ChildProcesses() if spec.engines.process == "child" else None
+        self._children = ChildProcesses() if spec.engines.process == "child" else None
 
     def _beat(self, heartbeats: Any) -> None:
         while True:
@@ -46,10 +49,11 @@ class EngineActor:
                 heartbeats.beat.remote(self._number, 0, False, False)
             else:
                 heartbeats.beat.remote(self._number, generator.steps, generator.is_at_work, generator.is_asleep)
-            if self._leash is not None and not self._leash.all_alive:
+            if self._children is not None and not self._children.all_alive:
                 os._exit(1)  # vLLM may wait for its core for ever; Ray starts this process again
             time.sleep(BEAT_SECONDS)
 
+    @method
     def ready(self) -> str:
         """The policy it runs, once it runs."""
         return self.generator.policy
@@ -59,6 +63,7 @@ class EngineActor:
         assert self._generator is not None
         return self._generator
 
+    @method
     def load(self, policy: Policy) -> str:
         """Takes a policy; returns its name."""
         self.generator.load(policy)
@@ -67,23 +72,44 @@ class EngineActor:
     def _begin(self, ticket: int, policy: Policy) -> None:
         if self._heartbeats is not None:
             ray.get(self._heartbeats.begins.remote(ticket, self._number))
-        self.load(policy)
+        self.generator.load(policy)
 
+    @method
     def sleep(self) -> None:
         self.generator.sleep()
 
+    @method
     def wake(self) -> None:
         self.generator.wake()
 
-    def serve(self, task: ChunkTask, request: ChunkRequest) -> Counts:
-        """Serves a request for one chunk of questions in one language, and writes its rows; returns their counts."""
-        self._begin(task.ticket, task.policy)
-        return task.write(request.serve(self.generator, task.read(), task.skipped()))
+    @method
+    def serve(self, task: ChunkTask, request: ChunkRequest[Any, Any]) -> Counts:
+        """Serves a request for one chunk of questions in one language, and writes its rows; returns their counts.
 
+        Raises CalmRayError for a mistake in the request's own code, which no other engine could do better.
+        """
+        self._begin(task.ticket, task.policy)
+        rows, skipped = task.read(), task.skipped()
+        try:
+            served = request.serve(self.generator, rows, skipped)
+        except Exception as error:
+            if _comes_from_generator(error):
+                raise
+            kind = type(request).__name__
+            raise CalmRayError(f"the request {kind} failed: {type(error).__name__}: {error}") from error
+        return task.write(served)
+
+    @method
     def write(self, request: Write, policy: Policy, ticket: int) -> list[str]:
         """The policy's reply to each message."""
         self._begin(ticket, policy)
         return request.serve(self.generator)
+
+
+def _comes_from_generator(error: Exception) -> bool:
+    """Whether the generator was at work, which the prompts may have to do with."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == VLLMGenerator.__module__ for frame, _ in frames)
 
 
 Engine = ray.remote(EngineActor)

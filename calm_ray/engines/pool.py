@@ -28,6 +28,7 @@ from calm_ray.engines.replica import (
     EngineHandle,
     Replica,
     is_machine_lost,
+    missing_module,
     none_will_start,
     reason_of,
     remote_traceback,
@@ -48,8 +49,10 @@ class EnginePool:
         self.spec, self._say = spec, say
         self._settings = spec.engines
         self.policy = Policy()
+        self.refresh_seconds = 0.0
+        """Of the last `run`: until every engine had taken the policy that was new; others may have served meanwhile."""
         self.replicas: list[Replica] = []
-        self._late: set[int] = set()  # engines that text_service have waited for in vain
+        self._late: set[int] = set()  # engines that a text service has waited for in vain
         self._said = time.monotonic()
         # By name: an engine that is started again must not depend on a reference that may be lost meanwhile.
         self._heartbeats_name = f"heartbeats-{uuid.uuid4().hex}"
@@ -71,28 +74,34 @@ class EnginePool:
     def _with(self, *health: Health) -> list[Replica]:
         return [replica for replica in self.replicas if replica.health in health]
 
-    def load(self, policy: Policy) -> None:
-        """Every engine that runs takes this policy; the others do so before they serve again."""
+    def refresh(self, policy: Policy) -> None:
+        """From now on the engines serve this policy: each loads it before its next request, while it runs."""
+        if policy == self.policy:
+            return
         self.policy = policy
         for replica in self._with(Health.HEALTHY, Health.SUSPECT):
             replica.becomes(Health.STALE)
-        self._drive_until(lambda: not self._with(Health.STALE) and bool(self._with(Health.HEALTHY)))
 
     def wait_for_all(self) -> None:
         """Until every engine that was not given up can serve."""
         self._drive_until(lambda: not self._with(Health.RESTARTING, Health.STALE, Health.SUSPECT, Health.DEAD))
 
-    def run(self, request: ChunkRequest, work: Dispatcher) -> Iterator[tuple[ChunkTask, Counts]]:
+    def run(self, request: ChunkRequest[Any, Any], work: Dispatcher) -> Iterator[tuple[ChunkTask, Counts]]:
         """Spreads chunks over the engines; yields each with the engine's counts as it is finished.
 
         Raises CalmRayError where fewer than `min_engines` are left, and for what no other engine could do better.
         """
+        started, self.refresh_seconds = time.monotonic(), 0.0
+        is_refreshing = bool(self._with(Health.STALE))
         while not work.is_done:
             for replica in self._with(Health.HEALTHY):
                 if replica.call is None and (task := work.next(replica.home)) is not None:
                     task = replace(task, ticket=next(self._tickets))
                     replica.calls(replica.engine.serve(task, request), task)
             yield from self._turn(work)
+            if is_refreshing:
+                self.refresh_seconds = time.monotonic() - started
+                is_refreshing = bool(self._with(Health.STALE))
 
     def _drive_until(self, is_done: Callable[[], bool]) -> None:
         nothing, since = Dispatcher([], 0), time.monotonic()
@@ -142,6 +151,11 @@ class EnginePool:
         """What a call that raised means: bad input, which no engine can mend, or the end of the engine."""
         if isinstance(error, RayTaskError) and isinstance(error.cause, CalmRayError):
             raise error.cause
+        if module := missing_module(error):
+            raise CalmRayError(
+                f"{replica.name} cannot import {module}: a plug-in must be installed on every node, or lie in the "
+                "job's working directory"
+            ) from error
         if replica.health is Health.RESTARTING and isinstance(error, ActorUnavailableError):
             return  # not yet
         is_lost = isinstance(error, RayActorError) and error.actor_init_failed
@@ -248,7 +262,7 @@ class EnginePool:
         self._drive_until(lambda: not self._loading() or time.monotonic() - since > WAIT_SECONDS)
         ray.get(self._heartbeats.set_paused.remote(True))
         for replica in self._loading():
-            self._start_over(replica)  # it then waits for the end of the night
+            self._start_over(replica)  # it then waits until the others wake
         self._tell_all(EngineHandle.sleep)
         try:
             yield
@@ -273,7 +287,7 @@ class EnginePool:
 
     @property
     def text_service(self) -> TextService:
-        """The engines as text_service of texts, for Ray Data's tasks and for translators.
+        """The engines as a service that writes texts, for Ray Data's tasks and for translators.
 
         Engines that start are waited for, as long as one comes up every WAIT_SECONDS; later only those that came since.
         """

@@ -6,25 +6,28 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError
+from ray.actor import ActorProxy
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from calm_ray.engines.health import NEXT, Health
 from calm_ray.engines.requests import ChunkRequest, Counts, Write
 from calm_ray.engines.tasks import ChunkTask
 from calm_ray.run.policies import Policy
 
+if TYPE_CHECKING:
+    from calm_ray.engines.actor import EngineActor
+
 POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class EngineHandle:
-    """What can be asked of an engine's actor, typed. Picklable; a call returns at once, with a reference."""
+    """What can be asked of an engine's actor. Picklable; a call returns at once, with a reference."""
 
-    actor: ActorHandle[Any]
+    actor: ActorProxy[EngineActor]
 
     def ready(self) -> ray.ObjectRef[str]:
         return self.actor.ready.remote()
@@ -32,7 +35,7 @@ class EngineHandle:
     def load(self, policy: Policy) -> ray.ObjectRef[str]:
         return self.actor.load.remote(policy)
 
-    def serve(self, task: ChunkTask, request: ChunkRequest) -> ray.ObjectRef[Counts]:
+    def serve(self, task: ChunkTask, request: ChunkRequest[Any, Any]) -> ray.ObjectRef[Counts]:
         return self.actor.serve.remote(task, request)
 
     def write(self, request: Write, policy: Policy, ticket: int) -> ray.ObjectRef[list[str]]:
@@ -111,6 +114,12 @@ def reason_of(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
     return re.sub(r"^calm_ray\.core\.errors\.\w+: ", "", last)
+
+
+def missing_module(error: Exception) -> str | None:
+    """The module that an engine lacks to read what it was asked; Ray says it in words alone."""
+    found = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", str(error))
+    return found[1] if found is not None and isinstance(error, RayTaskError) else None
 
 
 def is_machine_lost(error: RayError, node: str | None) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from calm_ray.core.rows import CandidateSet, Completion, Prediction, Question, Scored
 from calm_ray.core.seeds import derive_seed
@@ -20,30 +20,32 @@ from calm_ray.prompts.extraction import read_answers
 from calm_ray.prompts.questions import prompt_text
 from calm_ray.prompts.rendering import encode_prompt
 
+Asked = TypeVar("Asked")
+Made = TypeVar("Made")
 Counts = dict[str, int]
 """What is counted in the rows of a chunk; it is kept in the chunk's manifest entry."""
 
 
 @dataclass(frozen=True)
-class Served:
+class Served(Generic[Made]):
     """What a request made of one language of a chunk."""
 
-    kind: type
-    """The type of the rows, one of `calm_ray.core.rows`."""
-    rows: Sequence[Any]
+    kind: type[Made]
+    """The type of the rows, one of `calm_ray.core.rows` or like these: with `question_id`, `language` and `policy`."""
+    rows: Sequence[Made]
     counts: Counts = field(default_factory=dict)
 
 
-class ChunkRequest(ABC):
+class ChunkRequest(ABC, Generic[Asked, Made]):
     """A question to a policy, asked of every chunk in every language. Picklable."""
 
     @abstractmethod
-    def serve(self, generator: Generator, rows: Sequence[Any], skipped: Sequence[Any] = ()) -> Served:
+    def serve(self, generator: Generator, rows: Sequence[Asked], skipped: Sequence[Asked] = ()) -> Served[Made]:
         """Serves one language of a chunk; `skipped` are its rows that crash every engine, which must not be asked."""
 
 
 @dataclass(frozen=True)
-class Sample(ChunkRequest):
+class Sample(ChunkRequest[Question, Completion]):
     """`decoding.samples` completions of each question."""
 
     decoding: Decoding
@@ -54,7 +56,9 @@ class Sample(ChunkRequest):
     extraction: str = "strict"
     """How answers are read (`calm_ray.prompts.extraction.EXTRACTORS`)."""
 
-    def serve(self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()) -> Served:
+    def serve(
+        self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()
+    ) -> Served[Completion]:
         prompts = [encode_prompt(generator.tokenizer, prompt_text(row, self.instruction)) for row in rows]
         seeds = [derive_seed(self.seed, self.round_number, row["question_id"], row["language"]) for row in rows]
         found: list[Completion] = []
@@ -87,14 +91,16 @@ class Sample(ChunkRequest):
 
 
 @dataclass(frozen=True)
-class Answer(ChunkRequest):
+class Answer(ChunkRequest[Question, Prediction]):
     """The greedy answer to each question."""
 
     max_new_tokens: int
     instruction: bool = True
     extraction: str = "strict"
 
-    def serve(self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()) -> Served:
+    def serve(
+        self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()
+    ) -> Served[Prediction]:
         sample = Sample(_greedy(self.max_new_tokens), 0, 0, self.instruction, self.extraction)
         found = [
             Prediction(
@@ -111,7 +117,7 @@ class Answer(ChunkRequest):
 
 
 @dataclass(frozen=True)
-class Score(ChunkRequest):
+class Score(ChunkRequest[Any, Scored]):
     """How likely the policy finds each candidate of each question."""
 
     form: CandidateForm | None
@@ -119,7 +125,7 @@ class Score(ChunkRequest):
     with_prompt: bool = False
     """Whether the prompt's own tokens are scored as well."""
 
-    def serve(self, generator: Generator, rows: Sequence[Any], skipped: Sequence[Any] = ()) -> Served:
+    def serve(self, generator: Generator, rows: Sequence[Any], skipped: Sequence[Any] = ()) -> Served[Scored]:
         sets: Sequence[CandidateSet] = rows
         if self.form is not None:
             sets = [self.form.of(question, generator.tokenizer) for question in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from calm_ray.core.console import progress_bar
 from calm_ray.engines.dispatcher import Dispatcher, without_bad
@@ -17,7 +18,7 @@ from calm_ray.run.stage import Stage
 def over_chunks_and_languages(
     pool: EnginePool,
     bad_prompts: BadPrompts,
-    request: ChunkRequest,
+    request: ChunkRequest[Any, Any],
     title: str,
     questions: Stage,
     output: Stage,

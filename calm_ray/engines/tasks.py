@@ -47,7 +47,7 @@ class ChunkTask:
         """The rows of questions that crash every engine."""
         return [row for row in self._rows() if row["question_id"] in self.without] if self.without else []
 
-    def write(self, served: Served) -> Counts:
+    def write(self, served: Served[Any]) -> Counts:
         """Writes what the task's request made, once, unless it is a trial; returns its counts."""
         # An engine that was taken for dead while out of reach may come with rows of its own later.
         if self.only is None and not self.output.has(self.name):

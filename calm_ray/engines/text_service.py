@@ -1,4 +1,4 @@
-"""The engines as text_service of texts: what carries completions over into other languages, wherever that happens."""
+"""The engines as a service that writes texts: what carries completions over into other languages, wherever it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from calm_ray.core.errors import CalmRayError
@@ -93,8 +92,8 @@ class TextService:
     engines: list[EngineHandle]
     policy: Policy
     """The policy the engines must serve."""
-    heartbeats: ActorHandle[Any]
-    """Where engines note what they have begun."""
+    heartbeats: Any
+    """The actor `calm_ray.engines.health.Heartbeats`, where engines note what they have begun."""
     seconds: float
     """An engine that takes longer for its batch is taken for dead; all of them, where none writes for so long."""
     silent_seconds: float
@@ -138,9 +137,8 @@ class TextService:
                 replies[number] = reply
         except RayError as error:
             self._check(error, one.engine)
-            has_begun, node = ray.get(
-                [ask.remote(one.ticket) for ask in (self.heartbeats.has_begun, self.heartbeats.node_under)]
-            )
+            asked = self.heartbeats.has_begun.remote(one.ticket), self.heartbeats.node_under.remote(one.ticket)
+            has_begun, node = ray.get(list(asked))
             if has_begun and not is_machine_lost(error, node):
                 queue.died(one.batch, one.engine, time.monotonic())
             else:

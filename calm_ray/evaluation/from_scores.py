@@ -1,21 +1,19 @@
-"""The figures of scored candidates of a run, counted chunk by chunk in Ray Data."""
+"""The figures of scored candidates of a run, counted chunk by chunk, and which answers changed."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from calm_ray.cluster.over_chunks import count_over
-from calm_ray.evaluation.score_report import count_scores, score_report
-from calm_ray.evaluation.scores import Scores, chunks_of, columns_for, read_scored, scores_of
+from calm_ray.evaluation.score_report import count_scores
+from calm_ray.evaluation.scores import Scores, columns_for, read_scored, scores_of
 from calm_ray.run.stage import Stage
 
 
 @dataclass(frozen=True)
 class ScoreCounter:
-    """Counts what a policy's scores say."""
+    """Counts what a policy's scores say. Picklable: each chunk is a task's."""
 
     scored: Stage
     languages: list[str]
@@ -27,17 +25,9 @@ class ScoreCounter:
     def read(self, stage: Stage, chunk: str) -> Scores:
         return scores_of(read_scored(stage, chunk, self.languages, columns_for(self.convention)), self.convention)
 
-    def report(self) -> dict[str, Any]:
-        return score_report(count_over(self.count, chunks_of(self.scored)))
 
-
-def answers_of(stage: Stage, convention: str | None) -> dict[tuple[str, str], str | None]:
-    """(language, question_id) -> what a policy answered: the candidate it finds likeliest, or what it wrote."""
-    if not stage.chunks():
-        return {}
-    if convention is None:
-        data = stage.read(["language", "question_id", "answer"]).to_pydict()
-        return dict(zip(zip(data["language"], data["question_id"], strict=True), data["answer"], strict=True))
+def likeliest_answers(stage: Stage, convention: str) -> dict[tuple[str, str], str | None]:
+    """(language, question_id) -> the candidate that the stage's policy finds likeliest, by its index."""
     found: dict[tuple[str, str], str | None] = {}
     for chunk in sorted(stage.chunks()):
         language = chunk.rpartition("-")[2]

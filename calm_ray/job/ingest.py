@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from calm_ray.config import Config
 from calm_ray.core.console import say
@@ -22,19 +21,20 @@ from calm_ray.questions.translation import (
     Report,
     translate_missing,
 )
-from calm_ray.run.directory import RunDirectory
+from calm_ray.run.directory import RunDirectory, Split
 from calm_ray.run.policies import RunModel
 from calm_ray.run.storage import Storage
 
+HELD_OUT: Split = "held_out"
 TRANSLATIONS = ".translations"
 """Under `storage`, beside the runs: what was translated once serves every run."""
 
 
 def take_questions(config: Config, run: RunDirectory, model: RunModel, pool: EnginePool, inputs: Inputs) -> None:
     """Writes the questions to align on and those held out into the run, once; lists the rows that were left out."""
-    splits: list[tuple[Literal["align", "evaluate"], Intake, list[str]]] = [
+    splits: list[tuple[Split, Intake, list[str]]] = [
         ("align", inputs.align, config.languages),
-        ("evaluate", inputs.evaluate, config.asked_languages),
+        (HELD_OUT, inputs.evaluate, config.asked_languages),
     ]
     for split, intake, languages in splits:
         stage = run.questions(split)
@@ -43,10 +43,10 @@ def take_questions(config: Config, run: RunDirectory, model: RunModel, pool: Eng
         questions, report = list(intake.questions), Report()
         if config.questions.translate is not None:
             questions, report = _translated(questions, languages, config, model, pool)
-        if split == "evaluate":
+        if split == HELD_OUT:
             complete = complete_ones(questions, languages)
             if lost := len(ids_of(questions)) - len(ids_of(complete)):
-                say(f"questions, evaluate: {lost} are not there in every language and were left out")
+                say(f"questions, held out: {lost} are not there in every language and were left out")
             questions = complete
         if intake.left_out:
             say(f"questions, {split}: {len(intake.left_out)} bad rows were left out; see {stage.storage.uri(BAD_ROWS)}")

@@ -27,11 +27,11 @@ def check_start(config: Config, run: RunDirectory, model: RunModel, *, overwrite
         raise InputError(f"init_from: {there} has trained no policy yet; run it to its end first")
     if (trained := earlier.model().name) != model.name:
         raise InputError(f"init_from: {there} trained {trained}, and model is {model.name} here")
-    if (lora := earlier.config.train.lora) != config.train.lora:
+    if (lora := earlier.lora) != config.train.lora:
         raise InputError(f"init_from: train.lora must be as it is in {there}: {'null' if lora is None else lora}")
 
 
-def start_policy(config: Config, run: RunDirectory) -> Policy:
+def initial_policy(config: Config, run: RunDirectory) -> Policy:
     """What round 1 starts from: the model itself, or a copy of an earlier run's last policy, made once."""
     if config.init_from is None:
         return Policy()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from calm_ray.config import Config
+from calm_ray.core.console import say
 from calm_ray.core.errors import InputError
+from calm_ray.core.sections import Lora
 from calm_ray.recipes import validated
 from calm_ray.run.directory import RunDirectory
+from calm_ray.run.invalidation import PLUGINS
 from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.storage import Storage, storage_named
 
@@ -15,7 +20,23 @@ from calm_ray.run.storage import Storage, storage_named
 @dataclass(frozen=True)
 class OpenedRun:
     run: RunDirectory
-    config: Config
+    plugins: tuple[str, ...] = ()
+    """Packages whose code may run, where the run's method is one of them."""
+
+    @cached_property
+    def config(self) -> Config:
+        """Raises InputError for a method whose code may not run."""
+        noted = self.run.config
+        config = validated(noted, self.run.uri, self.plugins)
+        if config.as_record()[PLUGINS] != noted.get(PLUGINS, {}):
+            say(f"{self.run.uri}: its plug-ins are not those that it was made with")
+        return config
+
+    @property
+    def lora(self) -> Lora | None:
+        """What it trains of the model; None for all weights."""
+        lora = self.run.config["train"]["lora"]
+        return None if lora is None else Lora.model_validate(lora)
 
     def model(self) -> RunModel:
         """The model the run started from."""
@@ -25,7 +46,7 @@ class OpenedRun:
 
     def policy(self, round_number: int | None) -> Policy:
         """The policy that a round made; 0 is the base, None the last one there is."""
-        finished = [n for n in range(1, self.config.rounds + 1) if self.run.stage(n, "train").is_finished]
+        finished = self.run.trained_rounds()
         number = round_number if round_number is not None else max(finished, default=0)
         if number == 0:
             return self.run.start or Policy()
@@ -45,7 +66,8 @@ def find_run(location: str) -> RunDirectory | None:
     return run if run.storage.exists("config.json") else None
 
 
-def open_run(location: str) -> OpenedRun:
+def open_run(location: str, plugins: Sequence[str] = ()) -> OpenedRun:
     """Raises InputError where there is no run."""
     run = _run_in(Storage(location))
-    return OpenedRun(run, validated(run.config, run.uri))
+    run.config  # noqa: B018 - raises
+    return OpenedRun(run, tuple(plugins))

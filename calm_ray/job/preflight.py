@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
@@ -26,6 +27,19 @@ class Inputs:
     align: Intake
     evaluate: Intake
     """Empty where the run has no held-out questions."""
+
+
+class Demands(NamedTuple):
+    """What the method of a run asks of its questions."""
+
+    gold: bool
+    """Those trained on must have gold answers."""
+    writing: bool
+    """Completions are written: they must fit into the context, and their letters be known."""
+
+
+def demands_of(config: Config) -> Demands:
+    return Demands(config.needs_gold, config.writes)
 
 
 def prepare(config: Config, known: RunModel | None) -> Inputs:
@@ -51,17 +65,17 @@ def _prepare_files(config: Config) -> Inputs:
         model = RunModel(str(folder))  # absolute, for workers elsewhere
         require_safetensors(folder)
     check_model(folder)
-    align, evaluate = _read_questions(config, folder)
-    if config.writes:
+    demands = demands_of(config)
+    align, evaluate = _read_questions(config, folder, needs_gold=demands.gold)
+    if demands.writing:
         check_letters(folder, align.questions + evaluate.questions)
         check_lengths(folder, align.questions + evaluate.questions, config)
     return Inputs(model, folder, align, evaluate)
 
 
-def _read_questions(config: Config, folder: Path) -> tuple[Intake, Intake]:
+def _read_questions(config: Config, folder: Path, *, needs_gold: bool) -> tuple[Intake, Intake]:
     """The questions to align on, and those held out."""
     places = config.questions
-    is_open = config.candidates is not None and config.candidates.form == "samples"
     check = candidate_check(folder, config)
     assert places.align is not None
 
@@ -74,14 +88,13 @@ def _read_questions(config: Config, folder: Path) -> tuple[Intake, Intake]:
             language=places.language,
             allow_missing=languages if places.translate else (),
             check=check,
-            allow_open=is_open,
+            allow_open=config.draws_candidates,
         )
         if subjects is None:
             return taken
         return replace(taken, questions=of_subjects(taken.questions, subjects, f"questions.{field}"))
 
     if places.split is None:
-        needs_gold = config.preferences.winner == "gold" or config.dco.exclude_gold
         align = read(places.align, config.languages, needs_gold, places.align_subjects, "align_subjects")
         if not places.evaluate:
             return align, Intake([], [])

@@ -11,6 +11,7 @@ from calm_ray.core.rows import Question
 from calm_ray.methods.candidates import candidate_form
 from calm_ray.prompts.questions import letters, prompt_text
 from calm_ray.prompts.rendering import encode_prompt
+from calm_ray.run.model_files import context_tokens
 
 
 def candidate_check(folder: Path, config: Config) -> Callable[[Question], None] | None:
@@ -21,7 +22,7 @@ def candidate_check(folder: Path, config: Config) -> Callable[[Question], None] 
     if form is None:
         return None
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    limit = context_tokens(folder, config)
+    limit = context_tokens(folder, config.engines.args)
 
     def check(question: Question) -> None:
         candidates = form.of(question, tokenizer)
@@ -52,21 +53,11 @@ def check_lengths(folder: Path, questions: list[Question], config: Config) -> No
         )
 
 
-def context_tokens(folder: Path, config: Config) -> int | None:
-    """The most tokens of a prompt and its answer that the engines take; None where nothing says it."""
-    from transformers import AutoConfig
-
-    limit = config.engines.args.get("max_model_len")
-    if isinstance(limit, int):
-        return limit
-    return getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "max_position_embeddings", None)
-
-
 def too_long(folder: Path, questions: list[Question], config: Config) -> Iterator[tuple[Question, int, int]]:
     """The questions that leave no room for an answer, each with its prompt's tokens and those the engines take."""
     from transformers import AutoTokenizer
 
-    limit = context_tokens(folder, config)
+    limit = context_tokens(folder, config.engines.args)
     if limit is None:
         return
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

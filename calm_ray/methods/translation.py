@@ -1,12 +1,44 @@
-"""Carrying a winning completion into the losing side's language (CALM, section 2.2)."""
+"""Carrying a completion into another language (CALM, section 2.2): by the model itself, or by the demo world."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from calm_ray.core.languages import LANGUAGES
+from calm_ray.core.sections import WORLD
+from calm_ray.core.settings import RunSettings
 from calm_ray.prompts.answers import extract_answer
-from calm_ray.prompts.passages import Passage
+from calm_ray.prompts.passages import Passage, Translator
+from calm_ray.run.policies import RunModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from calm_ray.engines.text_service import TextService
+
+
+def translator_named(name: str, settings: RunSettings, text_service: TextService) -> Translator:
+    """The demo world itself for `world`; else the model, prompted through the engines."""
+    if name == WORLD:
+        return _world_translator(settings.world.seed)
+    return ModelTranslator(lambda messages: text_service(messages, settings.sampling.max_new_tokens))
+
+
+@lru_cache(maxsize=1)
+def _world_translator(seed: int) -> Translator:
+    from calm_ray.demo.generator import build_world
+    from calm_ray.demo.translator import WorldTranslator
+
+    return WorldTranslator(build_world(seed))
+
+
+@lru_cache(maxsize=1)
+def load_tokenizer(model: RunModel) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model.local_folder(weights=False), trust_remote_code=False)
 
 
 class ModelTranslator:

@@ -1,4 +1,4 @@
-"""How long the stages of a round may take on GPUs: estimates, from what a GPU can do and the share of it that is had.
+"""How long the steps of a round may take on GPUs: estimates, from what a GPU can do and the share of it that is had.
 
 Decoding is bound by memory: every step reads the weights once, and the cache of every sequence in it. Reading prompts
 and training are bound by arithmetic: 2 FLOPs for a parameter and a token forward, 4 backward (Kaplan et al. 2020,
@@ -12,7 +12,7 @@ from calm_ray.config import Config
 from calm_ray.planning.layout import Layout
 from calm_ray.planning.memory import BYTES
 from calm_ray.planning.model_shape import Shape
-from calm_ray.planning.work import Work
+from calm_ray.planning.work import RoundWork
 
 FLOPS_SHARE = 0.2
 """Of the peak FLOP/s: prime-rl's benchmarks give 21 to 23 % for LoRA on FSDP2 (Qwen3 4B, H100)."""
@@ -20,14 +20,16 @@ BANDWIDTH_SHARE = 0.5
 """Of the memory's bandwidth while decoding: an assumption."""
 
 
-def decode_rate(config: Config, shape: Shape, layout: Layout, device: Device, work: Work) -> float:
-    """Tokens/s that one engine writes with as many sequences at a time as its cache holds and vLLM takes."""
+def decode_rate(config: Config, shape: Shape, layout: Layout, device: Device, work: RoundWork, rows: int) -> float:
+    """Tokens/s that one engine writes with as many sequences at a time as its cache holds and vLLM takes.
+
+    `rows` are the sequences of all engines together, which may be fewer.
+    """
     engine, size = layout.engine, config.engines.tensor_parallel_size
-    reply = work.sampled / work.completions if work.completions else config.sampling.max_new_tokens
-    length = work.prompt_tokens + reply / 2  # halfway through
+    length = work.sizes.prompt + work.sizes.reply / 2  # halfway through
     sequences = min(engine.most_sequences, engine.cached_tokens / length)
-    if work.is_counted and work.completions:
-        sequences = min(sequences, work.completions / layout.needs.count("engine"))
+    if work.is_counted:
+        sequences = min(sequences, rows / layout.needs.count("engine"))
     sequences = max(1.0, sequences)
     read = BYTES[config.engines.dtype] * shape.parameters + sequences * length * engine.kv_per_token
     by_memory = read / (size * device.bandwidth * BANDWIDTH_SHARE)
@@ -45,23 +47,22 @@ def train_flops(config: Config) -> int:
     return (4 if config.train.lora is not None else 6) + 2 * config.train.activation_checkpointing
 
 
-def seconds_of(config: Config, shape: Shape, layout: Layout, device: Device, work: Work) -> dict[str, float]:
-    """Seconds of each stage of one round; without those that engines take to start, and of votes, which are short."""
+REFERENCE = "reference"
+"""The forward pass of the reference over what is trained on, before training."""
+
+
+def seconds_of(config: Config, shape: Shape, layout: Layout, device: Device, work: RoundWork) -> dict[str, float]:
+    """Seconds of each step of one round; without those that engines take to start, and of votes, which are short."""
     engines = layout.needs.count("engine")
     # A step has no more work than pairs; without rounds there are no workers, and no pairs either.
     workers = max(1, min(layout.needs.count("worker"), config.train.batch_pairs))
-    writing = engines * decode_rate(config, shape, layout, device, work)
     reading = engines * read_rate(config, shape, device)
     training = workers * device.flops * FLOPS_SHARE / shape.parameters
-    trained = work.pairs * work.pair_tokens
-    reference = 0 if config.objective == "sft" else 2 * trained / training
-    prompts = work.completions / config.sampling.completions * work.prompt_tokens  # read once for all samples
-    stages = {
-        "sample": prompts / reading + work.sampled / writing,
-        "translate": work.translated / writing,
-        "score": work.scored / reading,
-        "reference": reference,
-        "train": train_flops(config) * config.train.epochs * trained / training,
-        "evaluate": work.asked / reading + work.answered / writing,
-    }
-    return {name: seconds for name, seconds in stages.items() if seconds}
+    seconds: dict[str, float] = {}
+    for name, step in work.steps.items():
+        if step.reference:
+            seconds[REFERENCE] = 2 * step.reference / training
+        writing = engines * decode_rate(config, shape, layout, device, work, step.rows) if step.written else 1.0
+        trained = train_flops(config) * config.train.epochs * step.trained / training
+        seconds[name] = step.read / reading + step.written / writing + trained
+    return {name: value for name, value in seconds.items() if value}

@@ -178,7 +178,7 @@ def pack_tokens(config: Config, shape: Shape) -> int:
     No sequence is longer than `train.max_pair_tokens` or than what engines take, which wrote it.
     """
     train = config.train
-    pair = (1 if config.objective == "sft" else 2) * min(train.max_pair_tokens, context_of(config, shape))
+    pair = config.objective.sides * min(train.max_pair_tokens, context_of(config, shape))
     if train.engine == "trl":
         pairs = train.trl.get("per_device_train_batch_size", max(1, train.batch_pairs // train.most_workers))
         return int(pairs) * pair

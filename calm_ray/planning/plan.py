@@ -13,7 +13,7 @@ from calm_ray.planning.durations import seconds_of
 from calm_ray.planning.layout import Layout, lay_out
 from calm_ray.planning.model_shape import Shape
 from calm_ray.planning.proposals import proposals
-from calm_ray.planning.work import Work, count_questions, work_of
+from calm_ray.planning.work import RoundWork, count_questions, work_of
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Plan:
     layout: Layout
     device: Device | None
     """None on CPUs."""
-    work: Work
+    work: RoundWork
     seconds: dict[str, float]
-    """Of each stage of one round; empty on CPUs, for which nothing is estimated."""
+    """Of each step of one round; empty on CPUs, for which nothing is estimated."""
 
     def as_json(self) -> dict[str, Any]:
         layout = self.layout

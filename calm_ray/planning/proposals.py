@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
-from pydantic import ValidationError
-
 from calm_ray.cluster.machines import Node
-from calm_ray.config import Config
+from calm_ray.config import Config, parse_config
 from calm_ray.planning.layout import lay_out
 from calm_ray.planning.memory import context_of, utilization
 from calm_ray.planning.model_shape import Shape
@@ -45,8 +43,8 @@ def changed(config: Config, change: Change) -> Config | None:
     for word in change:
         override(raw, word)
     try:
-        return Config.model_validate(raw)
-    except ValidationError:
+        return parse_config(raw)
+    except ValueError:
         return None
 
 

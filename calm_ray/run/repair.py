@@ -1,18 +1,15 @@
-"""A run that is gone on with: what it holds is compared with its manifests, and what is torn or gone is made again."""
+"""Repairs a resumed run: verifies every file against its manifest and discards corrupt ones, to be made again."""
 
 from __future__ import annotations
 
 from calm_ray.core.console import progress_bar, say
 from calm_ray.run.directory import RunDirectory
-from calm_ray.run.invalidation import follows
+from calm_ray.run.invalidation import Graph
 from calm_ray.run.policies import Policy
 from calm_ray.run.stage import Stage
 
-TOGETHER = {"votes": "pairs"}
-"""Chunks that are written together with those of another stage."""
 
-
-def mend(run: RunDirectory) -> None:
+def repair(run: RunDirectory, graph: Graph) -> None:
     """Takes out of the run's manifests what is not as it was written, and says so; whole files are left alone."""
     stages = run.all_stages()
     for stage in stages.values():
@@ -21,30 +18,31 @@ def mend(run: RunDirectory) -> None:
     if not files:
         return
     with progress_bar("check what is there", files) as progress:
-        flawed = {name: stage.flawed(progress.advance) for name, stage in stages.items()}
-    for name, files_of in flawed.items():
+        flawed = {path: stage.flawed(progress.advance) for path, stage in stages.items()}
+    for path, files_of in flawed.items():
         if not files_of:
             continue
-        say(f"{name}: {len(files_of)} files are gone or not what was written ({files_of[0]})")
-        number, _, part = name.removeprefix("rounds/").partition("/")
-        if part == "train":
-            _mend_training(run, int(number), stages[name], files_of)
+        say(f"{path}: {len(files_of)} files are gone or not what was written ({files_of[0]})")
+        number, _, folder = path.removeprefix("rounds/").partition("/")
+        if folder == graph.trains:
+            _repair_training(run, int(number), stages[path], files_of)
             continue
-        if part in TOGETHER:  # first, so that it never seems to be whole without the other
-            run.stage(int(number), TOGETHER[part]).forget(files_of)
-        stages[name].forget(files_of)
-        if name.startswith("rounds/") and not follows(part, "train"):
+        if path.startswith("rounds/"):
+            for other in graph.together(folder):  # first, so that none ever seems to be whole without the others
+                run.stage(int(number), other).forget(files_of)
+        stages[path].forget(files_of)
+        if path.startswith("rounds/") and graph.leads_to_training(folder):
             _forget_begun_training(run, int(number))
 
 
 def _forget_begun_training(run: RunDirectory, number: int) -> None:
-    """A training that had begun on pairs that are made again, and may come out otherwise, begins again."""
-    stage = run.stage(number, "train")
+    """A training that had begun on examples that are made again, and may come out otherwise, begins again."""
+    stage = run.training(number)
     if not stage.storage.exists("policy.json"):
         stage.storage.delete("")
 
 
-def _mend_training(run: RunDirectory, number: int, stage: Stage, flawed: list[str]) -> None:
+def _repair_training(run: RunDirectory, number: int, stage: Stage, flawed: list[str]) -> None:
     """A lost policy is trained again, if nothing came after it; what led to it is not needed any more."""
     if not stage.is_finished:
         stage.forget(flawed)
@@ -52,10 +50,10 @@ def _mend_training(run: RunDirectory, number: int, stage: Stage, flawed: list[st
     if not any(name.startswith("policy") for name in flawed):
         stage.do_without(flawed)
         return
-    later = [n for n, name in run.stages() if n > number and name == "train" and run.stage(n, name).is_finished]
+    later = [n for n in run.trained_rounds() if n > number]
     if not later:
         stage.forget([*flawed, "policy.json"])
         return
     name = Policy(**stage.record["policy"]).name
-    say(f"  policy {name} is lost; round {later[0]} has gone on from it, and stays")
+    say(f"  policy {name} is lost; round {later[0]} has started from it, and stays")
     stage.do_without(flawed)

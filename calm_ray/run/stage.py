@@ -35,7 +35,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """One folder of a run, filled by one stage of one round. Picklable: workers write their chunks into it."""
+    """One folder of a run, filled by one step of one round. Picklable: workers write their chunks into it."""
 
     storage: Storage
     """Rooted at this stage's folder."""

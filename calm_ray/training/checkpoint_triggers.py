@@ -18,13 +18,13 @@ def none_preempted() -> Set[str]:
 
 
 class PreemptionNotices:
-    def __init__(self, doomed: PreemptedNodes) -> None:
-        self._doomed = doomed
+    def __init__(self, preempted: PreemptedNodes) -> None:
+        self._preempted = preempted
         self._known: Set[str] = frozenset()
 
     def is_new(self) -> bool:
-        """Whether there is a machine that was not doomed when this was last asked."""
-        now = self._doomed()
+        """Whether there is a machine that was not about to be preempted when this was last asked."""
+        now = self._preempted()
         is_new = not now <= self._known
         self._known = now
         return is_new

@@ -26,6 +26,8 @@ from calm_ray.training.reference import Logps, Portion, reference_once, rows_of_
 from calm_ray.training.schedule import learning_rate_factor
 from calm_ray.training.trees import Tree, read_trees
 
+TRAINING, VALIDATION = "train", "validation"
+"""What the names of metrics begin with."""
 Report = Callable[[dict[str, Any]], None]
 """Takes a step's metrics; called on the first worker only."""
 
@@ -58,12 +60,16 @@ def train_policy(
 
 
 def read_examples(job: TrainJob) -> tuple[list[Tree], list[Tree], int]:
-    """The training and the validation examples, in the same order on every worker, and how many were too long."""
-    trees = read_trees(job.examples, job.objective.sides)
+    """The training and the validation examples, in the same order on every worker, and how many were too long.
+
+    Pairs are left out by their longer side whether or not the objective computes it: baselines train on the same ones.
+    """
+    trees = read_trees(job.examples)
     fitting = [tree for tree in trees if tree.longest <= job.train.max_pair_tokens]
     parts: tuple[list[Tree], list[Tree]] = ([], [])
     for tree in fitting:
-        parts[is_validation(tree.question_id, job.train.validation_share, job.seed)].append(tree)
+        kept = tree.first(job.objective.sides)
+        parts[is_validation(tree.question_id, job.train.validation_share, job.seed)].append(kept)
     # Too few questions to spare any, or all of them drawn: train on what there is.
     training, validation = parts if parts[0] else (parts[1], [])
     return training, validation, len(trees) - len(fitting)
@@ -120,10 +126,10 @@ class Trainer:
                     self.save(optimizer, Position(step, epoch, batch + 1), len(training))
                 if is_noticed:
                     self.tell(noticed=step)
-            self.note_watch("train", step=step, epoch=epoch)
+            self.note_watch(TRAINING, step=step, epoch=epoch)
             if validation:
-                self.note(step=step, epoch=epoch, **self.metrics_of(self.evaluate(validation), "validation"))
-                self.note_watch("validation", step=step, epoch=epoch)
+                self.note(step=step, epoch=epoch, **self.metrics_of(self.evaluate(validation), VALIDATION))
+                self.note_watch(VALIDATION, step=step, epoch=epoch)
             if self._saved_step != step:
                 self.save(optimizer, Position(step, epoch + 1), len(training))
 
@@ -139,7 +145,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return {
             "grad_norm": float(norm), "learning_rate": learning_rate, "seconds": time.monotonic() - started,
-            **self.metrics_of(sums, "train"),
+            **self.metrics_of(sums, TRAINING),
         }  # fmt: skip
 
     def save(self, optimizer: torch.optim.Optimizer, position: Position, examples: int) -> None:
@@ -225,7 +231,7 @@ class Trainer:
         objective, device = self.job.objective, self.policy_model.device
         batch = pack(trees).to(device)
         ref_logps = None
-        if objective.needs_reference:
+        if self.ref_logps:
             known = [value for tree in trees for value in self.ref_logps[tree.key]]
             ref_logps = torch.tensor(known, device=device)
         measured = Measured(trees, self.policy_model.logps(batch), batch.completion_lengths, ref_logps)

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from calm_ray.training.trees import Key, Tree
-
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from calm_ray.training.trees import Key, Tree
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,6 @@ class Objective(ABC):
     sides: ClassVar[int]
     """Branches of a row that are computed: 2 for pairs, 1 for supervised targets."""
     needs_reference: ClassVar[bool]
-    trl: ClassVar[bool] = False
-    """Whether TRL's DPOTrainer trains it as well (`train.engine: trl`)."""
     keys: ClassVar[tuple[str, ...]] = ()
     """Configuration keys that change it, beside the section `train`."""
     sums: ClassVar[tuple[str, ...]]
@@ -101,6 +99,10 @@ class Objective(ABC):
     def watch(self) -> Watch:
         return Watch()
 
+    def for_trl(self) -> dict[str, Any] | None:
+        """The arguments by which TRL's DPOTrainer trains the same (`train.engine: trl`); None where it cannot."""
+        return None
+
 
 @dataclass(frozen=True)
 class DPO(Objective):
@@ -111,7 +113,6 @@ class DPO(Objective):
 
     sides = 2
     needs_reference = True
-    trl = True
     sums = ("rows", "loss", "tokens", "chosen_logps", "chosen_change", "rejected_change", "margin", "correct")
 
     def losses(self, measured: Measured) -> tuple[Tensor, Tensor]:
@@ -139,6 +140,12 @@ class DPO(Objective):
             "margin": sums["margin"] / rows,
             "correct": sums["correct"] / rows,
         }
+
+    def for_trl(self) -> dict[str, Any] | None:
+        if type(self) is not DPO:  # the loss of a subclass is its own
+            return None
+        sft = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, self.sft_weight]} if self.sft_weight else {}
+        return {"beta": self.beta, **sft}
 
 
 @dataclass(frozen=True)

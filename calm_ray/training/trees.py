@@ -6,7 +6,7 @@ several scored stretches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from calm_ray.core.errors import CalmRayError
@@ -66,18 +66,36 @@ class Tree:
         """Tokens of the prompt and the longest branch."""
         return len(self.prompt) + max(len(branch.tokens) for branch in self.branches)
 
+    def first(self, branches: int) -> Tree:
+        """With its first branches alone: of a pair, 1 is the chosen side. Raises CalmRayError where it has fewer."""
+        if len(self.branches) < branches:
+            raise CalmRayError(
+                f"question {self.question_id} in {self.language}: the objective compares {branches} branches, and row "
+                f"{self.number} has {len(self.branches)}"
+            )
+        kept = [comparison for comparison in self.comparisons if max(comparison.chosen, comparison.rejected) < branches]
+        return replace(self, branches=self.branches[:branches], comparisons=tuple(kept))
 
-def tree_of_pair(row: Pair, sides: int) -> Tree:
-    """A pair: both sides, compared; or, with `sides` 1, the chosen one alone."""
-    branches = tuple(Branch(row[side]) for side in ("chosen_token_ids", "rejected_token_ids")[:sides])  # type: ignore[literal-required]
-    comparisons = (Comparison(0, 1, row.get("target_margin")),) if sides == 2 else ()
-    return Tree(row["question_id"], row["language"], row["pair"], row["prompt_token_ids"], branches, comparisons)
+
+def tree_of_pair(row: Pair) -> Tree:
+    """A pair: both sides, compared."""
+    branches = (Branch(row["chosen_token_ids"]), Branch(row["rejected_token_ids"]))
+    comparison = Comparison(0, 1, row.get("target_margin"))
+    return Tree(row["question_id"], row["language"], row["pair"], row["prompt_token_ids"], branches, (comparison,))
 
 
 def tree_of_dialogue(row: Dialogue) -> Tree:
-    """A dialogue: what comes before the first scored token is the prompt, the rest one branch."""
+    """A dialogue: what comes before the first scored token is the prompt, the rest one branch.
+
+    Raises CalmRayError where no token is scored.
+    """
     tokens, scored = row["token_ids"], row["scored"]
-    start = max(1, scored.index(True)) if any(scored) else len(tokens)
+    if not any(scored[1:]):
+        raise CalmRayError(
+            f"question {row['question_id']} in {row['language']}: no token of dialogue {row['number']} is scored, so "
+            "that there is nothing to learn from it; leave it out"
+        )
+    start = max(1, scored.index(True))
     branch = Branch(tokens[start:], scored[start:])
     return Tree(row["question_id"], row["language"], row["number"], tokens[:start], (branch,))
 
@@ -87,18 +105,13 @@ PAIR_COLUMNS = [*KEYS, "pair", "prompt_token_ids", "chosen_token_ids", "rejected
 DIALOGUE_COLUMNS = [*KEYS, "number", "token_ids", "scored"]
 
 
-def read_trees(examples: Stage, sides: int) -> list[Tree]:
-    """The rows of a stage, pairs or dialogues, in their order; `sides` is how many branches the objective computes.
-
-    Raises CalmRayError where rows have fewer.
-    """
+def read_trees(examples: Stage) -> list[Tree]:
+    """The rows of a stage, pairs or dialogues, in their order."""
     chunks = sorted(examples.chunks())
     if not chunks:
         return []
     if "scored" not in examples.read_chunk(chunks[0]).column_names:
         pairs: list[Any] = rows_of(examples.read(PAIR_COLUMNS))
-        return [tree_of_pair(row, sides) for row in pairs]
-    if sides > 1:
-        raise CalmRayError(f"{examples.storage.uri()} holds dialogues, and the objective compares two sides")
+        return [tree_of_pair(row) for row in pairs]
     dialogues: list[Any] = rows_of(examples.read(DIALOGUE_COLUMNS))
     return [tree_of_dialogue(row) for row in dialogues]

@@ -84,13 +84,11 @@ def _arguments(job: TrainJob, device: torch.device, scratch: str, *, has_validat
     world = dist.get_world_size()
     extra = dict(train.trl)
     per_device = extra.pop("per_device_train_batch_size", max(1, train.batch_pairs // world))
-    if train.sft_weight:
-        extra = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, train.sft_weight], **extra}
+    extra = {**(job.objective.for_trl() or {}), **extra}
     if world > 1 and device.type == "cuda":
         extra = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}, **extra}
     settings = {
         "output_dir": scratch,
-        "beta": train.beta,
         "learning_rate": train.learning_rate,
         "num_train_epochs": train.epochs,
         "lr_scheduler_type": "cosine",

@@ -57,7 +57,7 @@ def pool(request: pytest.FixtureRequest, ray_8_cpus: None, babbler: Path, policy
     )  # fmt: skip
     spec = EngineSpec(RunModel(str(babbler)), settings, LORA, "cpu", seed=0)
     with EnginePool(spec, LANGUAGES, print) as pool:
-        pool.load(policy)
+        pool.refresh(policy)
         yield pool
 
 

@@ -59,7 +59,7 @@ def test_a_prompt_that_ends_every_engine_is_isolated_and_the_run_completes(
     listed = rows_of(run.storage.read_table("bad_prompts.parquet"))
     assert {(row["question_id"], row["language"], row["questions"]) for row in listed} == {
         (bad[0]["question_id"], bad[0]["language"], "questions/align"),
-        (bad[1]["question_id"], bad[1]["language"], "questions/evaluate"),
+        (bad[1]["question_id"], bad[1]["language"], "questions/held_out"),
     }
     assert f"bad prompt: {bad[0]['question_id']} in {bad[0]['language']}" in capsys.readouterr().out
     rows = rows_of(run.stage(1, "sample").read())

@@ -186,7 +186,7 @@ def drain(cluster: Cluster, node: Any) -> None:
     """What a cloud's notice that it takes a machine back leads to."""
     in_a_minute = int(time.time() * 1000) + 60_000
     preemption = 2  # DRAIN_NODE_REASON_PREEMPTION
-    client = ray._raylet.GcsClient(address=cluster.address)
+    client = ray._raylet.GcsClient(address=cluster.address)  # type: ignore[attr-defined]
     accepted, why = client.drain_node(node.node_id, preemption, "taken back", in_a_minute)
     assert accepted, why
 

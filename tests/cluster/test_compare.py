@@ -99,7 +99,27 @@ def test_the_same_command_uses_what_is_finished(
     before = {file: file.stat().st_mtime_ns for file in files}
     assert main(arguments) == 0
     again = capsys.readouterr().out
-    assert again.splitlines() == table_of(output)  # and no word of a cluster or an engine
+    assert table_of(again) == table_of(output)
+    assert "it is finished" in again
+    assert "node(s)" not in again
+    assert "engine" not in again
     assert before == {file: file.stat().st_mtime_ns for file in files}
     assert main([*arguments, "seed=7"]) == 2
-    assert "seed: 0 there, 7 here" in capsys.readouterr().err
+    assert "seed: 0 in the run, 7 in the recipe" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_compared_with_its_manifests(
+    output: str, arguments: list[str], storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = RunDirectory(str(storage), "t1-calm").stage(1, "pairs")
+    torn = Path(pairs.storage.path(f"{min(pairs.chunks())}.parquet"))
+    whole, rows = torn.read_bytes(), rows_of(pairs.read())
+    others = [file for file in storage.rglob("train/**/*") if file.is_file()]
+    before = {file: file.stat().st_mtime_ns for file in others}
+    torn.write_bytes(whole[:100])
+    assert main(arguments) == 0
+    again = capsys.readouterr().out
+    assert f"rounds/1/pairs: 1 files are gone or not what was written ({torn.name})" in again
+    assert [line.split()[:6] for line in table_of(again)] == [line.split()[:6] for line in table_of(output)]  # seconds
+    assert rows_of(pairs.read()) == rows
+    assert before == {file: file.stat().st_mtime_ns for file in others}  # nothing is trained again

@@ -132,7 +132,7 @@ def test_split_questions_bad_rows_and_other_languages_to_ask_in(
         preferences={"preset": "released"},
     )  # fmt: skip
     align_ids, held_out = (
-        {row["question_id"] for row in rows_of(run.questions(split).read())} for split in ("align", "evaluate")
+        {row["question_id"] for row in rows_of(run.questions(split).read())} for split in ("align", "held_out")
     )
     assert (len(align_ids), len(held_out)) == (16, 8)
     assert not align_ids & held_out
@@ -154,7 +154,7 @@ def test_questions_that_the_model_cannot_translate_do_not_vote(
     run = align(make_recipe, tmp_path, "monolingual", questions=questions)
     record = run.questions("align").record["translated"]["fr"]
     assert record["asked"] == record["failed"] == 24
-    assert run.questions("evaluate").record["translated"] == {}
+    assert run.questions("held_out").record["translated"] == {}
     assert {row["language"] for row in rows_of(run.stage(1, "sample").read())} == {"en"}
     assert {row["by_language"]["en"] for row in rows_of(run.stage(1, "votes").read())} - {None}
     assert set(run.summary["rounds"][-1]["accuracy"]) == {"en", "fr"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from ray.exceptions import RayActorError
 from small_runs import make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calm_ray.core.rows import Question, rows_of
+from calm_ray.core.errors import CalmRayError
+from calm_ray.core.rows import Completion, Question, rows_of
 from calm_ray.core.sections import Engines, Lora
 from calm_ray.engines.actor import EngineActor
 from calm_ray.engines.dispatcher import Dispatcher
-from calm_ray.engines.generator import Decoding
+from calm_ray.engines.generator import Decoding, Generator
 from calm_ray.engines.health import Health, Heartbeats
 from calm_ray.engines.pool import EnginePool
-from calm_ray.engines.requests import Sample
+from calm_ray.engines.replica import EngineHandle
+from calm_ray.engines.requests import ChunkRequest, Sample, Served
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.tasks import ChunkTask
 from calm_ray.engines.text_service import TextService
@@ -54,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, question_files: tuple[Path, Pa
 
 @pytest.fixture(scope="module")
 def pool(ray_8_cpus: None, babbler: Path) -> Iterator[EnginePool]:
-    with EnginePool(spec(babbler, per_language=1), LANGUAGES, print) as pool:
+    with EnginePool(spec(babbler, per_language=1, dtype="float32"), LANGUAGES, print) as pool:
         yield pool
 
 
@@ -83,6 +85,19 @@ def test_a_pool_for_each_language_samples_every_question(pool: EnginePool, run: 
         assert "<eos>" not in row["text"]
 
 
+def test_a_completion_keeps_the_log_probability_of_its_tokens(
+    pool: EnginePool, run: RunDirectory, babbler: Path
+) -> None:
+    """Of all of them, the end-of-sequence token included, before top-p has cut anything off."""
+    model = AutoModelForCausalLM.from_pretrained(babbler).eval()
+    for row in sample(pool, run, Stage(run.storage.under("logps")))[:20]:
+        tokens = torch.tensor([[*row["prompt_token_ids"], *row["token_ids"]]])
+        with torch.no_grad():
+            logps = model(tokens).logits.log_softmax(-1)[0, len(row["prompt_token_ids"]) - 1 : -1]
+        own = logps.gather(1, torch.tensor(row["token_ids"])[:, None]).sum()
+        assert row["logp"] == pytest.approx(own.item(), abs=1e-3)
+
+
 def test_the_same_seed_samples_the_same_text(pool: EnginePool, run: RunDirectory) -> None:
     first = [row["token_ids"] for row in sample(pool, run, Stage(run.storage.under("again/a")), seed=7)]
     second = [row["token_ids"] for row in sample(pool, run, Stage(run.storage.under("again/b")), seed=7)]
@@ -100,11 +115,11 @@ def test_a_new_policy_is_taken_by_running_engines(
     policies = [make_adapter(babbler, tmp_path / str(n), run, n, LORA) for n in (1, 2)]
     texts = []
     for policy in policies:
-        pool.load(policy)
+        pool.refresh(policy)
         rows = sample(pool, run, Stage(run.storage.under(f"swap/{policy.name}")), seed=7)
         assert {row["policy"] for row in rows} == {policy.name}
         texts.append([row["token_ids"] for row in rows])
-    pool.load(Policy())
+    pool.refresh(Policy())
     after = sample(pool, run, Stage(run.storage.under("swap/after")), seed=7)
     assert {row["policy"] for row in after} == {"base"}
     assert texts[0] != texts[1] != [row["token_ids"] for row in before]
@@ -113,13 +128,14 @@ def test_a_new_policy_is_taken_by_running_engines(
     assert pool.starts == len(pool.replicas) == 2
 
 
+def called_in(engine: EngineHandle, function: Callable[[Any], Any]) -> Any:
+    """Calls a function with the actor, in its process."""
+    actor: Any = engine.actor
+    return actor.__ray_call__.remote(function)
+
+
 def asleep(pool: EnginePool) -> list[bool]:
-    return ray.get(
-        [
-            replica.engine.actor.__ray_call__.remote(lambda engine: engine.generator.is_asleep)
-            for replica in pool.replicas
-        ]
-    )
+    return ray.get([called_in(replica.engine, lambda engine: engine.generator.is_asleep) for replica in pool.replicas])
 
 
 def test_engines_sleep_while_their_gpus_are_needed_and_serve_again(pool: EnginePool, run: RunDirectory) -> None:
@@ -134,10 +150,49 @@ def test_engines_sleep_while_their_gpus_are_needed_and_serve_again(pool: EngineP
 def test_an_engine_that_dies_is_started_again_once(pool: EnginePool, run: RunDirectory) -> None:
     pool.wait_for_all()
     before = pool.starts
-    os.kill(ray.get(pool.replicas[0].engine.actor.__ray_call__.remote(lambda engine: os.getpid())), signal.SIGKILL)
+    os.kill(ray.get(called_in(pool.replicas[0].engine, lambda engine: os.getpid())), signal.SIGKILL)
     assert len(sample(pool, run, Stage(run.storage.under("killed")))) == 24 * 2 * 3
     pool.wait_for_all()
     assert pool.starts == before + 1
+
+
+class OnlyHere(ChunkRequest[Question, Completion]):
+    """A request of a method's own, whose module the engines' nodes lack."""
+
+    def serve(
+        self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()
+    ) -> Served[Completion]:
+        return Served(Completion, [])
+
+
+def mistaken() -> ChunkRequest[Question, Completion]:
+    """A request with a mistake in its code; of a local class, so that Ray ships it whole."""
+
+    class Mistaken(ChunkRequest[Question, Completion]):
+        def serve(
+            self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()
+        ) -> Served[Completion]:
+            return Served(Completion, [row["completion"] for row in rows])  # type: ignore[typeddict-item]
+
+    return Mistaken()
+
+
+@pytest.mark.parametrize(
+    ("request_of", "message"),
+    [
+        (mistaken, "the request Mistaken failed: KeyError: 'completion'"),
+        (OnlyHere, "cannot import test_engines: a plug-in must be installed on every node"),
+    ],
+)
+def test_a_mistake_in_a_request_is_no_engines_fault(
+    pool: EnginePool, run: RunDirectory, request_of: Callable[[], ChunkRequest[Question, Completion]], message: str
+) -> None:
+    pool.wait_for_all()
+    before, questions = pool.starts, run.questions("align")
+    task = ChunkTask(questions, Stage(run.storage.under("mistaken")), min(questions.chunks()), "en", pool.policy)
+    with pytest.raises(CalmRayError, match=message):
+        list(pool.run(request_of(), Dispatcher([task], most_bad=0)))
+    assert pool.starts == before
 
 
 def is_up(engine: Any) -> bool:
@@ -148,7 +203,7 @@ def is_up(engine: Any) -> bool:
     return True
 
 
-def test_an_engine_that_is_starting_waits_while_the_others_sleep_and_is_waited_for_by_writers(
+def test_an_engine_that_is_starting_waits_while_the_others_sleep_and_is_waited_for_by_the_text_service(
     pool: EnginePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("calm_ray.engines.pool.WAIT_SECONDS", 0.0)
@@ -156,7 +211,8 @@ def test_an_engine_that_is_starting_waits_while_the_others_sleep_and_is_waited_f
     before, one = pool.starts, pool.replicas[0]
     ray.kill(one.engine.actor, no_restart=False)
     while one.health is not Health.RESTARTING:
-        pool.load(Policy())
+        one.becomes(Health.STALE)  # so that it is told something, and at last found dead
+        pool._drive_until(lambda: one.health is not Health.STALE)
     while pool.starts == before:
         time.sleep(0.1)
     begun = pool.starts
@@ -204,7 +260,7 @@ def start_scribes(count: int, heartbeats: Any, once: Path) -> list[Any]:
     return [ray.remote(num_cpus=0, max_restarts=-1)(Scribe).remote(number) for number in range(count)]
 
 
-def test_writers_replace_an_engine_that_hangs_and_do_without_the_message_that_all_die_of(
+def test_the_text_service_replaces_an_engine_that_hangs_and_does_without_the_message_that_all_die_of(
     ray_8_cpus: None, tmp_path: Path
 ) -> None:
     heartbeats = ray.remote(num_cpus=0)(Heartbeats).remote()

@@ -76,7 +76,7 @@ def test_a_round_leaves_all_that_was_promised(finished: tuple[RunDirectory, str]
         assert set(entry["consistency"]) == set(entry["ac3"]) == {"2"}
     assert summary["rounds"][0]["vote_accuracy"] is not None
     assert summary["rounds"][1]["pairs"] > 0
-    assert set(summary["rounds"][1]["seconds"]) == {"sample", "prefer", "train", "refresh", "evaluate"}
+    assert set(summary["rounds"][1]["seconds"]) == {"sample", "pairs", "train", "evaluate"}
     about = run.storage.read_json("config.json")
     assert about["versions"]["ray"]
     assert run.storage.read_json("finished.json") == {"engine_starts": 1, "engines": 1}
@@ -108,7 +108,7 @@ def test_what_is_finished_is_not_run_again(
     assert run.storage.read("summary.json") == before
     assert main(["align", str(recipe), "train.beta=0.2"]) == 2
     message = capsys.readouterr().err
-    assert "train.beta: 0.1 there, 0.2 here" in message
+    assert "train.beta: 0.1 in the run, 0.2 in the recipe" in message
     assert "--overwrite" in message
 
 

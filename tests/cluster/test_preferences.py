@@ -12,18 +12,21 @@ import ray
 
 from calm_ray.cluster.over_chunks import count_over, over_chunks
 from calm_ray.core.rows import Completion, Question, rows_of, table
-from calm_ray.core.sections import Preferences
 from calm_ray.demo.generator import World, build_world, lexicon, world_questions
 from calm_ray.demo.tokenizer import build_tokenizer
 from calm_ray.demo.translator import WorldTranslator
 from calm_ray.engines.health import Heartbeats
+from calm_ray.engines.replica import EngineHandle
+from calm_ray.engines.requests import Write
 from calm_ray.engines.text_service import TextService
 from calm_ray.methods.calm.pairs import carry_over, draft_pairs, finish_pairs
-from calm_ray.methods.calm.step import PreferenceJob
+from calm_ray.methods.calm.settings import Preferences
+from calm_ray.methods.calm.vote_and_pair import VoteJob
 from calm_ray.methods.calm.voting import ballots_of, elect, vote_rows
 from calm_ray.prompts.questions import LETTERS, prompt_text
 from calm_ray.prompts.rendering import encode_prompt
 from calm_ray.questions.reader import write_chunks
+from calm_ray.recipes import load_config
 from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
@@ -60,23 +63,23 @@ def completion(world: World, question: Question, sample: int, letter: str, promp
     )  # fmt: skip
 
 
-def writers_of(engines: list[Any]) -> TextService:
+def service_of(engines: list[EngineHandle]) -> TextService:
     return TextService(
         engines, Policy(), heartbeats=ray.remote(num_cpus=0)(Heartbeats).remote(), seconds=60, silent_seconds=60
     )
 
 
-def make_job(folder: Path, model: Path, questions: list[Question], **changes: Any) -> PreferenceJob:
+def make_job(folder: Path, model: Path, questions: list[Question], **changes: Any) -> VoteJob:
     """A job on questions and on completions drawn at random, the same for the same question."""
 
     def stage(name: str) -> Stage:
         return Stage(Storage(str(folder / name)))
 
-    job = PreferenceJob(
+    job = VoteJob(
         questions=stage("questions"), completions=stage("sample"), votes=stage("votes"), pairs=stage("pairs"),
-        languages=LANGUAGES, preferences=Preferences(translator="world"), instruction=False,
-        model=RunModel(str(model)), seed=0, round_number=1, world_seed=100, text_service=writers_of([]),
-        max_new_tokens=48,
+        settings=load_config(None, ["world.seed=100", f"languages=[{', '.join(LANGUAGES)}]"]),
+        preferences=Preferences(translator="world"), model=RunModel(str(model)), round_number=1,
+        text_service=service_of([]),
     )  # fmt: skip
     write_chunks(questions, job.questions, prompts_per_chunk=8)
     world, tokenizer = build_world(100), build_tokenizer(build_world(100))
@@ -92,8 +95,8 @@ def make_job(folder: Path, model: Path, questions: list[Question], **changes: An
     return replace(job, **changes)
 
 
-def run(job: PreferenceJob) -> None:
-    list(over_chunks(job, sorted(job.questions.chunks())))
+def run(job: VoteJob) -> None:
+    list(over_chunks(job.make, sorted(job.questions.chunks())))
 
 
 def test_the_pipeline_writes_what_the_pure_functions_make(
@@ -148,12 +151,12 @@ def test_no_gold_answer_reaches_the_pairs(tmp_path: Path, model: Path, questions
     assert reports[0]["pairs"] == reports[1]["pairs"] == reports[2]["pairs"] > 0
 
 
-def start_writers(count: int) -> list[Any]:
+def start_engines(count: int) -> list[EngineHandle]:
     """Actors that stand where engines do and translate by a rule: into French they never can."""
 
     class Writer:
-        def write(self, messages: list[str], max_new_tokens: int, policy: Policy, ticket: int) -> list[str]:
-            return [self._one(message) for message in messages]
+        def write(self, request: Write, policy: Policy, ticket: int) -> list[str]:
+            return [self._one(message) for message in request.messages]
 
         def _one(self, message: str) -> str:
             if "into French" in message:
@@ -161,15 +164,15 @@ def start_writers(count: int) -> list[Any]:
             marker = "Answer:" if "into English" in message else "Ответ:"
             return f"{marker} {message.strip()[-1]}"
 
-    return [ray.remote(num_cpus=0)(Writer).remote() for _ in range(count)]
+    return [EngineHandle(ray.remote(num_cpus=0)(Writer).remote()) for _ in range(count)]
 
 
 def test_the_model_translates_through_the_engines_and_is_checked(
     tmp_path: Path, model: Path, questions: list[Question]
 ) -> None:
-    actors = start_writers(2)
+    actors = start_engines(2)
     how = Preferences(translator="model")
-    job = make_job(tmp_path, model, questions, preferences=how, text_service=writers_of(actors))
+    job = make_job(tmp_path, model, questions, preferences=how, text_service=service_of(actors))
     run(job)
     wanted, carried = (
         [row for row in pairs if row["chosen_language"] != row["language"]]
@@ -181,7 +184,7 @@ def test_the_model_translates_through_the_engines_and_is_checked(
         assert row["chosen"] == f"{'Answer' if row['language'] == 'en' else 'Ответ'}: {row['chosen_answer']}"
         assert row["chosen_token_ids"][-1] == 1
     for actor in actors:
-        ray.kill(actor)
+        actor.stop()
 
 
 def exact_pairs(folder: Path, model: Path, questions: list[Question]) -> list[Any]:

@@ -36,7 +36,7 @@ def test_a_sleeping_engine_gives_its_memory_back(local_ray: None, tmp_path: Path
     spec = EngineSpec(RunModel(str(model)), settings, None, "gpu", seed=0, is_colocated=True)
     free = free_memory()
     with EnginePool(spec, ["en"], print) as pool:
-        pool.load(Policy())
+        pool.refresh(Policy())
         awake = free_memory()
         before = pool.text_service(["w1 w2 w3", "w4 w5"], 32)
         with pool.asleep():

@@ -45,7 +45,7 @@ def loaded(folder: Path, **changes: Any) -> PolicyModel:
 
 def examples(count: int) -> list[Tree]:
     rng = random.Random(0)
-    return [tree_of_pair(token_pair(number, rng), sides=2) for number in range(count)]
+    return [tree_of_pair(token_pair(number, rng)) for number in range(count)]
 
 
 def gradients(policy_model: PolicyModel, rows: list[Tree]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,7 +40,7 @@ def test_packed_layout() -> None:
 
 def test_supervised_training_leaves_the_rejected_side_out() -> None:
     row = token_pair(0, random.Random(0))
-    both, chosen = tree_of_pair(row, sides=2), tree_of_pair(row, sides=1)
+    both, chosen = tree_of_pair(row), tree_of_pair(row).first(1)
     assert pack([chosen]).input_ids.tolist() == [row["prompt_token_ids"] + row["chosen_token_ids"]]
     assert [branch.tokens for branch in both.branches] == [row["chosen_token_ids"], row["rejected_token_ids"]]
     assert both.comparisons == (Comparison(0, 1),)
@@ -66,16 +66,21 @@ def test_a_dialogue_that_begins_with_a_scored_token_is_scored_from_the_second() 
     assert pack([tree_of_dialogue(row)]).labels.tolist() == [[8, IGNORED]]
 
 
+def test_a_dialogue_with_nothing_to_learn_is_refused_by_name() -> None:
+    row = Dialogue(question_id="q17", language="en", number=2, token_ids=[7, 8], scored=[True, False])
+    with pytest.raises(CalmRayError, match="question q17 in en: no token of dialogue 2 is scored"):
+        tree_of_dialogue(row)
+
+
 def test_rows_on_disk_become_trees(tmp_path: Path) -> None:
     pairs = pairs_stage(tmp_path / "pairs", count=3)
-    assert [len(found.branches) for found in read_trees(pairs, sides=2)] == [2, 2, 2]
-    assert [len(found.branches) for found in read_trees(pairs, sides=1)] == [1, 1, 1]
+    assert [len(found.branches) for found in read_trees(pairs)] == [2, 2, 2]
     dialogues = Stage(Storage(str(tmp_path / "dialogues")))
     row = Dialogue(question_id="q", language="en", number=0, token_ids=[7, 8, 1], scored=[False, False, True])
     dialogues.write("00000", table(Dialogue, [row]))
-    assert read_trees(dialogues, sides=1) == [tree_of_dialogue(row)]
-    with pytest.raises(CalmRayError, match="holds dialogues"):
-        read_trees(dialogues, sides=2)
+    assert read_trees(dialogues) == [tree_of_dialogue(row)]
+    with pytest.raises(CalmRayError, match="compares 2 branches, and row 0 has 1"):
+        read_trees(dialogues)[0].first(2)
 
 
 @given(SIZES, st.integers(1, 5))

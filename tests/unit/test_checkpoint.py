@@ -239,11 +239,11 @@ def test_each_notice_leads_to_one_checkpoint_at_once(model: Path, pairs: Stage, 
         if "noticed" in row:
             there.append(steps_there(job))
 
-    def doomed() -> Set[str]:
+    def preempted() -> Set[str]:
         steps = sum("train/loss" in row for row in told)
         return {"node a"} if steps in (2, 3) else {"node a", "node b"} if steps > 3 else set()
 
-    train_policy(job, CPU, report, doomed)
+    train_policy(job, CPU, report, preempted)
     assert [row["noticed"] for row in told if "noticed" in row] == [2, 4]
     assert there == [[2], [3, 4]]  # an epoch ends with step 3
 

@@ -106,7 +106,7 @@ def test_what_is_no_method(methods: list[str], message: str) -> None:
         ({"compare": {"calm": {"train": {"lora": {"r": 64}}}}}, (), "train.lora must be the same"),
         ({"rounds": 0}, (), "rounds: is 0 for dco"),
         ({}, ("method=calm",), "the methods are what --methods names"),
-        ({}, ("candidates.form=samples",), "only method: dco draws its candidates from samples"),
+        ({}, ("candidates.form=samples",), "this method does not draw its candidates from samples"),
         (
             {"model": "/m", "candidates": {}, "preferences": {}, "questions": {"align": "q.jsonl"}}, (),
             "compared on held-out questions",
@@ -134,10 +134,10 @@ def test_bad_input_ends_the_command_with_2(tmp_path: Path, capsys: pytest.Captur
 def test_a_run_that_differs_is_in_the_way_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     comparison = compared(tmp_path, ["calm", "dco"])
     dco = comparison.contenders[1]
-    dco.run.begin(dco.settings, {}, overwrite=False)
+    dco.run.begin(dco.config.as_record(), {}, None)
     dco.run.stage(1, "train").finish({})
     assert main([str(tmp_path / "recipe.yaml"), "--methods", "calm", "dco", "train.epochs=2"]) == 2
-    assert "train.epochs: 4 there, 2 here" in capsys.readouterr().err
+    assert "train.epochs: 4 in the run, 2 in the recipe" in capsys.readouterr().err
     assert not (tmp_path / "t1-calm").exists()
 
 
@@ -167,8 +167,9 @@ def test_what_is_known_of_a_start_is_copied_under_the_name_it_has_here(tmp_path:
     dpo.run.stage(1, "train").finish({"policy": trained.as_json()})
     samples = stage_of(calm.run, 1, "sample", "base")
 
-    share_start(chain, start, [dpo, calm, sft])
-    share_start(sft, Policy(), [dpo, chain, calm])
+    chain.run.storage.write_json("start.json", start.as_json())  # as its launch has copied it
+    share_start(chain, [dpo, calm, sft])
+    share_start(sft, [dpo, chain, calm])
     for part in ("evaluate", "score"):
         copied = chain.run.stage(0, part)
         assert copied.record == {
@@ -199,19 +200,19 @@ def test_a_copy_that_breaks_off_is_not_taken_for_a_finished_stage(tmp_path: Path
 def test_all_runs_are_asked_the_same_questions(tmp_path: Path) -> None:
     contenders = compared(tmp_path, ["calm", "dco", "sft"]).contenders
     runs = [one.run for one in contenders]
-    for split in ("align", "evaluate"):
+    for split in ("align", "held_out"):
         stage = runs[0].questions(split)
         stage.write("00000", table(Question, [question("q1", "en"), question("q1", "fr")]))
         stage.storage.write("bad_rows.jsonl", b"{}\n")
         stage.finish({"questions": 1})
     share_questions(runs[1], [runs[0], runs[2]])
     check_common_start(contenders)
-    copied = runs[1].questions("evaluate")
+    copied = runs[1].questions("held_out")
     assert copied.storage.read("bad_rows.jsonl") == b"{}\n"
     assert copied.record["questions"] == 1
-    runs[2].questions("evaluate").write("00000", table(Question, [question("q2", "en"), question("q2", "fr")]))
-    runs[2].questions("evaluate").finish({})
-    with pytest.raises(InputError, match=r"t1-sft has other questions \(evaluate\) than .*t1-calm"):
+    runs[2].questions("held_out").write("00000", table(Question, [question("q2", "en"), question("q2", "fr")]))
+    runs[2].questions("held_out").finish({})
+    with pytest.raises(InputError, match=r"t1-sft has other questions \(held_out\) than .*t1-calm"):
         check_common_start(contenders)
 
 

@@ -23,7 +23,7 @@ def replica(number: int, **state: Any) -> Replica:
     return Replica(number, None, engine, **state)
 
 
-def test_a_pulse_that_begins_anew_learns_of_the_engines_from_their_beats() -> None:
+def test_heartbeats_that_start_over_learn_of_the_engines_from_their_beats() -> None:
     heartbeats, one = Heartbeats(), replica(1, starts=3)
     assert one.starts_since(heartbeats.starts()) == 0
     heartbeats.beat(1, steps=7, at_work=True, is_asleep=False)
@@ -33,7 +33,7 @@ def test_a_pulse_that_begins_anew_learns_of_the_engines_from_their_beats() -> No
     assert one.starts_since(heartbeats.starts()) == 2
 
 
-def test_a_pulse_that_begins_anew_learns_of_the_night_from_an_engine_that_sleeps() -> None:
+def test_heartbeats_that_start_over_learn_of_the_pause_from_an_engine_that_sleeps() -> None:
     heartbeats = Heartbeats()
     heartbeats.beat(1, steps=0, at_work=False, is_asleep=False)
     assert not heartbeats.is_paused()

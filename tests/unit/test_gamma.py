@@ -9,7 +9,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.random import Generator
 
-from calm_ray.core.sections import Anchor, Dco
 from calm_ray.evaluation.ranking import ranks_of
 from calm_ray.evaluation.score_report import count_scores, score_report
 from calm_ray.evaluation.scores import scores_of
@@ -23,6 +22,7 @@ from calm_ray.methods.dco.gamma import (
     optimal_logps,
     target_margins,
 )
+from calm_ray.methods.dco.settings import Anchor, Dco
 
 CODES = ["en", "fr", "sw", "zh", "ru", "de"]
 CASES = 1_000

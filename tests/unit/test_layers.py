@@ -1,53 +1,91 @@
-"""The pure core imports neither Ray nor vLLM, and parsing a command line imports nothing heavy."""
+"""Which room may import which, the pure core, and how often a method is asked for outside the methods."""
 
+from __future__ import annotations
+
+import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-CORE = [
-    "calm_ray.core.rows",
-    "calm_ray.core.languages",
-    "calm_ray.core.seeds",
-    "calm_ray.run.storage",
-    "calm_ray.run.directory",
-    "calm_ray.run.policies",
-    "calm_ray.recipes",
-    "calm_ray.questions.formats",
-    "calm_ray.questions.reader",
-    "calm_ray.questions.splits",
-    "calm_ray.questions.survey",
-    "calm_ray.questions.translation",
-    "calm_ray.prompts.questions",
-    "calm_ray.prompts.answers",
-    "calm_ray.prompts.candidates",
-    "calm_ray.engines.completion",
-    "calm_ray.prompts.extraction",
-    "calm_ray.methods.calm.recorded",
-    "calm_ray.prompts.released",
-    "calm_ray.methods.calm.voting",
-    "calm_ray.methods.calm.pairing",
-    "calm_ray.methods.calm.pairs",
-    "calm_ray.methods.calm.from_columns",
-    "calm_ray.methods.dco.gamma",
-    "calm_ray.methods.dco.pairs",
-    "calm_ray.methods.translation",
-    "calm_ray.questions.subjects",
-    "calm_ray.methods.dco.sampled_candidates",
-    "calm_ray.evaluation.metrics",
-    "calm_ray.evaluation.ranking",
-    "calm_ray.evaluation.report",
-    "calm_ray.methods.calm.vote_report",
-    "calm_ray.evaluation.score_report",
-    "calm_ray.evaluation.scores",
-    "calm_ray.training.objectives",
-    "calm_ray.training.batches",
-    "calm_ray.training.loop",
-    "calm_ray.training.model",
-    "calm_ray.demo.generator",
-    "calm_ray.demo.translator",
-    "calm_ray.testing",
-]
+from calm_ray.methods import METHODS
+from calm_ray.recipes import RECIPES, load_config
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "calm_ray"
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+FILES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+"""Every module of the package, by its name."""
+HEAVY = {"ray", "vllm"}
+
+
+def block(kind: str) -> list[str]:
+    """The lines of a fenced block of docs/architecture.md."""
+    found = re.search(rf"^```{kind}\n(.*?)^```$", ARCHITECTURE, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return found[1].strip().splitlines()
+
+
+LAYERS = [line.split(", ") for line in block("layers")]
+"""From the top down."""
+
+
+def room_of(module: str) -> str:
+    """The folder or file at the top of calm_ray that a module lies in."""
+    return module.removeprefix("calm_ray").lstrip(".").partition(".")[0].removesuffix(".__init__")
+
+
+def imports_of(module: str) -> Iterator[tuple[str, int]]:
+    """What a module imports anywhere in its code, functions and type hints included, and in which line."""
+    for node in ast.walk(ast.parse(FILES[module].read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            whole = node.module == "calm_ray"
+            yield from ((f"calm_ray.{alias.name}" if whole else node.module, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+
+
+def test_every_module_is_in_a_layer() -> None:
+    rooms = {room_of(module) for module in FILES} - {"__init__"}
+    assert sorted(rooms) == sorted(room for layer in LAYERS for room in layer)
+    assert len(rooms) <= 24
+    assert len([room for room in rooms if (PACKAGE / f"{room}.py").exists()]) <= 8
+
+
+def test_every_import_points_down() -> None:
+    height = {room: -number for number, layer in enumerate(LAYERS) for room in layer}
+    upward = [
+        f"{module}, line {line}: imports {name}"
+        for module in FILES
+        if room_of(module) != "__init__"
+        for name, line in imports_of(module)
+        if name.startswith("calm_ray.")
+        and room_of(name) != room_of(module)
+        and height[room_of(name)] >= height[room_of(module)]
+    ]
+    assert upward == []
+
+
+def pure_modules() -> list[str]:
+    found = []
+    for line in block("pure"):
+        room, _, rest = line.partition(", but for ")
+        rim = {f"calm_ray.{name}" for name in rest.split(", ") if name}
+        found += [module for module in FILES if room_of(module) == room and module not in rim]
+    return found
+
+
+def test_the_pure_core_names_neither_ray_nor_vllm() -> None:
+    named = [
+        f"{module}, line {line}: imports {name}"
+        for module in pure_modules()
+        for name, line in imports_of(module)
+        if name.partition(".")[0] in HEAVY
+    ]
+    assert named == []
 
 
 def loaded(code: str) -> set[str]:
@@ -57,12 +95,125 @@ def loaded(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_the_core_knows_neither_ray_nor_vllm() -> None:
-    modules = loaded("\n".join(f"import {name}" for name in CORE))
-    assert not modules & {"ray", "vllm"}
+def test_the_pure_core_loads_neither_ray_nor_vllm() -> None:
+    names = [name.removesuffix(".__init__") for name in pure_modules()]
+    assert not loaded("\n".join(f"import {name}" for name in names)) & HEAVY
 
 
 @pytest.mark.parametrize("arguments", [["align", "--help"], ["align", "--dry-run"], ["--help"]])
 def test_parsing_imports_nothing_heavy(arguments: list[str]) -> None:
     code = f"from calm_ray.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass"
     assert not loaded(code) & {"torch", "ray", "vllm", "transformers", "numpy", "pyarrow"}
+
+
+def outside_methods() -> Iterator[tuple[str, ast.AST]]:
+    """The nodes of every module outside `methods`, without docstrings."""
+    for module, file in FILES.items():
+        if room_of(module) == "methods":
+            continue
+        tree = ast.parse(file.read_text("utf-8"))
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        yield from ((module, node) for node in ast.walk(tree) if id(node) not in docs)
+
+
+def texts(names: set[str]) -> set[str]:
+    """Where one of these names stands as a text by itself: in a comparison, a `match`, a dictionary, a list."""
+    return {
+        f"{module}:{node.lineno} {node.value}"
+        for module, node in outside_methods()
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+
+
+def constants(names: set[str]) -> set[str]:
+    """Where a constant, or the `name` of a step's class, stands for one of them."""
+    trees = [ast.parse(file.read_text("utf-8")) for file in FILES.values()]
+    assigned = [node for tree in trees for node in tree.body if isinstance(node, ast.Assign)]
+    standing = {
+        ast.unparse(target)
+        for node in assigned
+        if isinstance(node.value, ast.Constant) and node.value.value in names
+        for target in node.targets
+    }
+    standing |= {f"{kind}.name" for kind in kinds()}
+    return {
+        f"{module}:{node.lineno} {ast.unparse(node)}"
+        for module, node in outside_methods()
+        if isinstance(node, ast.Name | ast.Attribute)
+        and isinstance(node.ctx, ast.Load)
+        and ast.unparse(node) in standing
+    }
+
+
+def step_names() -> set[str]:
+    recipes = [
+        [f"method={method}", "train.sft_weight=0", f"candidates={form}"]
+        for method in METHODS
+        for form in ("null", "{form: world}", "{form: samples}")
+        if form != "{form: samples}" or method == "dco"
+    ]
+    configs = [load_config(RECIPES / "demo.yaml", overrides) for overrides in recipes]
+    return {name for config in configs for name in config.graph.owners}
+
+
+def test_steps_are_rarely_named_outside_the_methods() -> None:
+    """Counted are also words that are no steps there: the command `evaluate`, the section `train` of a recipe."""
+    names = step_names()
+    assert {"sample", "votes", "pairs", "train", "evaluate", "score", "optimal", "candidates"} <= names
+    found = texts(names) | constants(names)
+    assert len(found) <= 20, sorted(found)
+
+
+def flags() -> set[str]:
+    """What methods, steps, objectives and configurations say of themselves with yes or no."""
+    found = set()
+    for module, file in FILES.items():
+        if room_of(module) not in ("methods", "config") and module not in (
+            "calm_ray.core.settings", "calm_ray.training.objectives",
+        ):  # fmt: skip
+            continue
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.returns is not None and ast.unparse(node.returns) == "bool":
+                found.add(node.name)
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) in ("bool", "ClassVar[bool]"):
+                found.add(ast.unparse(node.target))
+    return {name for name in found if not name.startswith("_")}
+
+
+def kinds() -> set[str]:
+    """The classes of methods, steps and objectives."""
+    return {
+        node.name
+        for module, file in FILES.items()
+        if room_of(module) == "methods" or module == "calm_ray.training.objectives"
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def asked() -> set[str]:
+    """Where a method, step or objective is asked what it says of itself, in a condition or not, or what it is."""
+    names, classes, found = flags(), kinds(), set()
+    for module, node in outside_methods():
+        if module == "calm_ray.training.objectives":
+            continue  # where objectives are written
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and node.attr in names:
+            found.add(f"{module}:{node.lineno}")
+        compared = None
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass", "type"):
+            compared = node.args[-1]
+        elif isinstance(node, ast.MatchClass):
+            compared = node.cls
+        if compared is not None and classes & set(re.findall(r"\w+", ast.unparse(compared))):
+            found.add(f"{module}:{compared.lineno}")
+    return found
+
+
+def test_the_method_is_rarely_asked_for_outside_the_methods() -> None:
+    """By its name or an objective's, by a class, or by a flag of either."""
+    places = {place.rpartition(" ")[0] for place in texts({*METHODS, "dpo"})} | asked()
+    assert len(places) <= 10, sorted(places)
+
+
+def test_the_method_fits_on_one_screen() -> None:
+    assert len((PACKAGE / "rounds.py").read_text("utf-8").splitlines()) < 60

@@ -10,10 +10,10 @@ import pytest
 from factories import scored, scored_tables
 
 from calm_ray.core.rows import Pair, Scored, rows_of, schema, table
-from calm_ray.core.sections import Anchor, Dco
 from calm_ray.evaluation.scores import Scores, Tables, scores_of
 from calm_ray.methods.dco.gamma import gammas
 from calm_ray.methods.dco.pairs import DrawnPairs, draw_pairs, pair_tables, reference_margins, targets
+from calm_ray.methods.dco.settings import Anchor, Dco
 
 CODES = ["en", "fr", "zh", "sw"]
 MANY = 400
@@ -39,39 +39,42 @@ def drawn_of(scores: Scores, drawn: DrawnPairs) -> Drawn:
     return found
 
 
-def draw(tables: Tables, settings: Dco, seed: int = 0, gold: bool = False) -> Drawn:
+GOLD = None
+"""The settings of the gold baselines."""
+
+
+def draw(tables: Tables, settings: Dco | None, pairs: int = 1, seed: int = 0) -> Drawn:
     scores = scores_of(tables)
-    return drawn_of(scores, draw_pairs(scores, settings, seed=seed, gold=gold))
+    return drawn_of(scores, draw_pairs(scores, pairs, settings, seed=seed))
 
 
-SETTINGS = [Dco(), Dco(pairs=3), Dco(languages="bilingual", pairs=2), Dco(exclude_gold=True)]
+SETTINGS = [(Dco(), 1), (Dco(), 3), (Dco(languages="bilingual"), 2), (Dco(exclude_gold=True), 1)]
 
 
-@pytest.mark.parametrize("gold", [False, True])
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda one: one.model_dump_json(exclude_defaults=True))
-def test_draws_depend_on_the_seed_and_the_question_alone(settings: Dco, gold: bool) -> None:
+@pytest.mark.parametrize(("settings", "pairs"), [*SETTINGS, (GOLD, 1), (GOLD, 3)], ids=str)
+def test_draws_depend_on_the_seed_and_the_question_alone(settings: Dco | None, pairs: int) -> None:
     """Not on the order of questions, nor on what else lies in a chunk, such as a question with more candidates."""
     tables = tables_of([5, 4, 9, 2, 5, 6, 4, 5])
-    whole = draw(tables, settings, gold=gold)
-    backwards = draw({code: own.take([7, 6, 5, 4, 3, 2, 1, 0]) for code, own in tables.items()}, settings, gold=gold)
+    whole = draw(tables, settings, pairs)
+    backwards = draw({code: own.take([7, 6, 5, 4, 3, 2, 1, 0]) for code, own in tables.items()}, settings, pairs)
     assert backwards == whole
-    apart = [draw({code: own.slice(i, 1) for code, own in tables.items()}, settings, gold=gold) for i in range(8)]
+    apart = [draw({code: own.slice(i, 1) for code, own in tables.items()}, settings, pairs) for i in range(8)]
     assert {key: pairs for one in apart for key, pairs in one.items()} == whole
-    assert draw(tables, settings, seed=1, gold=gold) != whole
+    assert draw(tables, settings, pairs, seed=1) != whole
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda one: one.model_dump_json(exclude_defaults=True))
-def test_draws_do_not_depend_on_the_scores(settings: Dco) -> None:
+@pytest.mark.parametrize(("settings", "pairs"), SETTINGS, ids=str)
+def test_draws_do_not_depend_on_the_scores(settings: Dco, pairs: int) -> None:
     first, second = (
         scored_tables({code: np.random.default_rng(s).normal(size=(50, 4)).tolist() for code in CODES}, [0] * 50)
         for s in (1, 2)
     )
-    assert draw(first, settings) == draw(second, settings)
+    assert draw(first, settings, pairs) == draw(second, settings, pairs)
 
 
 @pytest.mark.parametrize("pairs", [1, 3, 6, 99])
 def test_pairs_of_a_question_differ_and_are_numbered_from_0(pairs: int) -> None:
-    for found in draw(tables_of([4] * 50), Dco(pairs=pairs)).values():
+    for found in draw(tables_of([4] * 50), Dco(), pairs).values():
         assert [number for number, *_ in found] == list(range(min(pairs, 6)))
         assert len({frozenset((chosen, rejected)) for _, chosen, rejected, _ in found}) == min(pairs, 6)
         assert all(chosen != rejected for _, chosen, rejected, _ in found)
@@ -86,7 +89,7 @@ def test_every_pair_is_drawn_in_either_order() -> None:
 
 
 def test_all_pairs_are_put_in_either_order() -> None:
-    found = draw(tables_of([4] * MANY, ["en", "fr"]), Dco(pairs=6))
+    found = draw(tables_of([4] * MANY, ["en", "fr"]), Dco(), pairs=6)
     seen = Counter((chosen, rejected) for pairs in found.values() for _, chosen, rejected, _ in pairs)
     for one, other in combinations(range(4), 2):
         assert seen[one, other] + seen[other, one] == MANY
@@ -94,7 +97,7 @@ def test_all_pairs_are_put_in_either_order() -> None:
 
 
 def test_a_bilingual_pair_is_trained_in_two_languages() -> None:
-    found = draw(tables_of([4] * MANY), Dco(languages="bilingual", pairs=2))
+    found = draw(tables_of([4] * MANY), Dco(languages="bilingual"), pairs=2)
     seen = Counter(names for pairs in found.values() for *_, names in pairs)
     assert set(seen) == set(combinations(CODES, 2))
     assert min(seen.values()) > 2 * MANY / 6 / 2
@@ -110,7 +113,7 @@ def test_the_two_languages_say_nothing_of_the_candidates() -> None:
 
 
 def test_without_the_gold_candidate() -> None:
-    found = draw(tables_of([4] * 50, right=2), Dco(exclude_gold=True, pairs=99))
+    found = draw(tables_of([4] * 50, right=2), Dco(exclude_gold=True), pairs=99)
     assert {frozenset(pair[1:3]) for pairs in found.values() for pair in pairs} == {
         frozenset((0, 1)), frozenset((0, 3)), frozenset((1, 3)),
     }  # fmt: skip
@@ -120,21 +123,21 @@ def test_without_the_gold_candidate() -> None:
 
 
 def test_gold_pairs_have_the_right_candidate_chosen_in_all_languages() -> None:
-    found = draw(tables_of([4] * 50, right=2), Dco(pairs=2, languages="bilingual"), gold=True)
+    found = draw(tables_of([4] * 50, right=2), GOLD, pairs=2)
     for pairs in found.values():
         assert [chosen for _, chosen, *_ in pairs] == [2, 2]
         assert len({rejected for _, _, rejected, _ in pairs} - {2}) == 2
         assert all(names == tuple(CODES) for *_, names in pairs)
     assert {rejected for pairs in found.values() for _, _, rejected, _ in pairs} == {0, 1, 3}
-    every = draw(tables_of([4], right=2), Dco(pairs=99), gold=True)["q0"]
+    every = draw(tables_of([4], right=2), GOLD, pairs=99)["q0"]
     assert sorted(rejected for _, _, rejected, _ in every) == [0, 1, 3]
-    assert draw(tables_of([4] * 5, right=None), Dco(), gold=True) == {}
+    assert draw(tables_of([4] * 5, right=None), GOLD) == {}
 
 
 def test_a_single_candidate_gives_no_pair() -> None:
-    assert draw(tables_of([1, 3, 1]), Dco(pairs=2)).keys() == {"q1"}
+    assert draw(tables_of([1, 3, 1]), Dco(), pairs=2).keys() == {"q1"}
     assert draw(tables_of([1]), Dco(languages="bilingual")) == {}
-    assert draw(tables_of([]), Dco(pairs=2)) == {}
+    assert draw(tables_of([]), Dco(), pairs=2) == {}
 
 
 LOGPS = {"en": [-1.0, -3.0, -7.0], "fr": [-2.0, -2.5, -1.0], "zh": [-4.0, -1.0, -1.5]}
@@ -183,9 +186,9 @@ def parallel_tables() -> Tables:
 @pytest.mark.parametrize("languages", ["joint", "bilingual"])
 def test_rows_of_pairs(languages: str) -> None:
     tables = parallel_tables()
-    settings = Dco(pairs=2, languages=languages)  # type: ignore[arg-type]
+    settings = Dco(languages=languages)  # type: ignore[arg-type]
     scores = scores_of(tables)
-    drawn = draw_pairs(scores, settings, seed=0)
+    drawn = draw_pairs(scores, 2, settings, seed=0)
     target = targets(scores, drawn, gammas(settings, scores.languages, 1.0))
     found = pair_tables(tables, drawn, target, scores, 3)
     assert found.schema == schema(Pair)
@@ -217,7 +220,7 @@ def test_rows_of_pairs(languages: str) -> None:
 def test_rows_of_gold_pairs_have_no_target() -> None:
     tables = tables_of([3, 3], right=1)
     scores = scores_of(tables)
-    found = pair_tables(tables, draw_pairs(scores, Dco(), seed=0, gold=True), None, scores, 1)
+    found = pair_tables(tables, draw_pairs(scores, 1, GOLD, seed=0), None, scores, 1)
     assert found.schema == schema(Pair)
     assert len(found) == 2 * len(CODES)
     assert found["target_margin"].null_count == len(found)
@@ -230,7 +233,7 @@ def test_targets_are_the_other_languages_margins_of_the_same_candidates() -> Non
     judged = [row for own in tables.values() for row in rows_of(own)]
     logps = {text: logp for row in judged for text, logp in zip(row["texts"], row["logps"], strict=True)}
     scores = scores_of(tables)
-    drawn = draw_pairs(scores, Dco(pairs=9), seed=0)
+    drawn = draw_pairs(scores, 9, Dco(), seed=0)
     found = pair_tables(tables, drawn, targets(scores, drawn, gammas(Dco(), scores.languages, 1.0)), scores, 1)
     for row in rows_of(found):
         others = [code for code in scores.languages if code != row["language"]]

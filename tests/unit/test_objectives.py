@@ -8,11 +8,11 @@ import pytest
 import torch
 from factories import golden_metrics, scored_tables
 
-from calm_ray.core.sections import Anchor, Dco
 from calm_ray.evaluation.scores import scores_of
 from calm_ray.methods.dco.gamma import gammas, optimal_logps, target_margins
 from calm_ray.methods.dco.objective import dco_losses
 from calm_ray.methods.dco.pairs import draw_pairs, reference_margins, targets
+from calm_ray.methods.dco.settings import Anchor, Dco
 from calm_ray.training.losses import dpo_losses, sft_losses
 from calm_ray.training.schedule import learning_rate_factor
 
@@ -97,13 +97,13 @@ def test_dco_is_the_target_where_the_policy_is_the_reference() -> None:
 @pytest.mark.parametrize(
     ("settings", "beta"),
     [
-        (Dco(pairs=99), 1.0),
-        (Dco(pairs=99), 0.4),
-        (Dco(pairs=99, anchor=Anchor(language="en", strength=3)), 1.0),
-        (Dco(pairs=99, anchor=Anchor(language="sw", strength=0.5)), 2.0),
-        (Dco(pairs=99, gamma={"en-fr": 0.2, "fr-sw": 1.7}), 1.0),
-        (Dco(pairs=99, loss="huber"), 1.0),
-        (Dco(pairs=99, loss="squared"), 0.7),
+        (Dco(), 1.0),
+        (Dco(), 0.4),
+        (Dco(anchor=Anchor(language="en", strength=3)), 1.0),
+        (Dco(anchor=Anchor(language="sw", strength=0.5)), 2.0),
+        (Dco(gamma={"en-fr": 0.2, "fr-sw": 1.7}), 1.0),
+        (Dco(loss="huber"), 1.0),
+        (Dco(loss="squared"), 0.7),
     ],
     ids=lambda value: str(value) if isinstance(value, float) else value.model_dump_json(exclude_defaults=True),
 )
@@ -112,7 +112,7 @@ def test_descent_on_the_dco_loss_ends_at_the_optimal_policy(settings: Dco, beta:
     languages, rng = ["en", "fr", "sw"], np.random.default_rng(0)
     scores = scores_of(scored_tables({code: rng.normal(size=(3, 5)).tolist() for code in languages}))
     gamma = gammas(settings, languages, beta)
-    drawn = draw_pairs(scores, settings, seed=0)
+    drawn = draw_pairs(scores, 99, settings, seed=0)
     assert len(drawn.question) == 3 * 10
     wanted = torch.from_numpy(targets(scores, drawn, gamma))
     ref_margins = torch.from_numpy(reference_margins(scores, drawn))

@@ -177,7 +177,7 @@ def test_sets_are_scored_as_they_are() -> None:
     generator.policy = "r0002-abcd"
     english, _ = Score(None, with_prompt=True).serve(generator, sets).rows
     assert english["policy"] == "r0002-abcd"
-    assert {key: english[key] for key in sets[0]} == sets[0]
+    assert {key: value for key, value in english.items() if key in sets[0]} == sets[0]
     sides = [str(TOKENIZER.decode(side)) for side in english["token_ids"]]
     assert english["logps"] == [-len("Question q1?" + side) for side in sides]
     assert english["prompt_logp"] == -len("Question" + "q1?")

@@ -3,8 +3,8 @@ from collections.abc import Sequence
 from factories import completion, completions, question
 
 from calm_ray.core.rows import Completion
-from calm_ray.core.sections import Preferences
 from calm_ray.methods.calm.pairs import Draft, carry_over, draft_pairs, finish_pairs
+from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.voting import ballots_of, elect
 from calm_ray.methods.translation import ModelTranslator
 from calm_ray.prompts.passages import Passage

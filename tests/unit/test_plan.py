@@ -62,12 +62,13 @@ def test_completions_and_pairs_are_counted(questions: list[str]) -> None:
     counts = count_questions(config)
     assert counts == Counts(align=2, evaluate=1, is_counted=True, prompt_tokens=10, choices=2)  # 40 bytes, 4 a token
     work = work_of(config, shape_of(config.model), counts)
-    assert work.completions == 2 * 6 * 3
-    assert work.sampled == 36 * 512
-    assert work.pairs == 36
-    assert work.pair_tokens == 2 * (10 + 512)
-    assert (work.asked, work.answered) == (6 * 10, 6 * 512)
-    assert work.disk["samples"] == 36 * 522 * 12
+    assert list(work.steps) == ["sample", "pairs", "train", "evaluate", "changed"]
+    sample, pairs, train, evaluate, _ = work.steps.values()
+    assert (sample.rows, sample.read, sample.written) == (2 * 6 * 3, 2 * 6 * 10, 36 * 512)
+    assert (pairs.rows, pairs.written) == (36, 36 * 512)  # as if every chosen side had to be translated
+    assert (train.rows, train.trained) == (36, 36 * 2 * (10 + 512))
+    assert (evaluate.read, evaluate.written) == (6 * 10, 6 * 512)
+    assert work.disk["sample"] == 36 * 522 * 12
     assert work.disk["adapter"] == 4 * 3_407_872
     assert work.disk["checkpoints"] == 2 * 3 * 4 * 3_407_872
 
@@ -97,11 +98,13 @@ def test_a_split_divides_the_questions(questions: list[str]) -> None:
 def test_dco_scores_candidates_and_draws_pairs() -> None:
     config = load_config(RECIPES / "dco" / "table2_xcsqa_qwen2.5.yaml")
     work = work_of(config, shape_of(config.model), Counts(800, 200, True, prompt_tokens=100, choices=5))
-    assert (work.completions, work.sampled, work.translated) == (0, 0, 0)
-    assert work.scored == 800 * 2 * 100  # one request for all letters
-    assert work.pairs == 800 * 2 * 7
-    assert work.pair_tokens == 2 * 101
-    assert (work.asked, work.answered) == (200 * 2 * 100, 0)
+    assert "sample" not in work.steps
+    assert not any(step.written for step in work.steps.values())
+    assert work.steps["score"].read == 800 * 2 * 100  # one request for all letters
+    assert work.steps["reference_score"].read == 0  # known from the round before
+    train = work.steps["train"]
+    assert (train.rows, train.trained) == (800 * 2 * 7, 800 * 2 * 7 * 2 * 101)
+    assert work.steps["evaluate"].read == 200 * 2 * 100
     assert work.disk["weights"] == 2 * 14 * 10**9
 
 
@@ -155,10 +158,10 @@ def test_the_plan_is_printed(questions: list[str], capsys: pytest.CaptureFixture
     for words in (
         "STRICT_PACK, 2",
         "node 1",
-        "36 completions, 18,432 tokens",
+        "36 completions, tokens: 120 read,",
         "A100-80, 312 TFLOP/s",
         "8B by its name",
-        "disk, in the run's storage, of a round: at most 96.1 MB (samples",
+        "disk, in the run's storage, of a round: at most 96.1 MB (sample",
         "disk, in the cache of each node: at most 16.1 GB (model 16.0 GB, 2 policies 27.3 MB, checkpoint 40.9 MB)",
     ):
         assert words in printed

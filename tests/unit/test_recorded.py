@@ -13,10 +13,10 @@ from factories import completions, question
 
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Completion, Question, table
-from calm_ray.core.sections import Preferences
 from calm_ray.methods.calm.from_columns import PAIRS, make_pairs
 from calm_ray.methods.calm.import_completions import QUESTIONS_PER_CHUNK, open_completions
 from calm_ray.methods.calm.recorded import RecordedChunks
+from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.vote_report import sample_report
 from calm_ray.run.directory import RunDirectory
 from calm_ray.run.stage import Stage

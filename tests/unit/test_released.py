@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from calm_ray.core.sections import Preferences
 from calm_ray.methods.calm.from_columns import make_pairs
 from calm_ray.methods.calm.import_completions import open_completions
+from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.vote_report import sample_report
 from calm_ray.prompts.answers import extract_answer
 from calm_ray.prompts.released import explanations, released_answers, training_prompts

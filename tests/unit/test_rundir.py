@@ -5,27 +5,43 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from calm_ray.config import Config
 from calm_ray.core.errors import CalmRayError, InputError
+from calm_ray.job.changes import changes_of
+from calm_ray.job.open_run import open_run
 from calm_ray.recipes import load_config
 from calm_ray.run.directory import RunDirectory
-from calm_ray.run.invalidation import earliest, invalid_stages
 from calm_ray.run.policies import Policy, RunModel, fetch, publish, require_safetensors
-from calm_ray.run.repair import mend
+from calm_ray.run.repair import repair
 from calm_ray.run.storage import Storage, hash_folder
 
-CONFIG = {"name": "run", "train": {"epochs": 3, "beta": 0.1}}
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    return load_config(None, [f"storage={folder}", "name=run", *overrides])
 
 
-def started(folder: Path) -> RunDirectory:
-    run = RunDirectory(str(folder), "run")
-    run.check(CONFIG, overwrite=False)
-    run.begin(CONFIG, {"python": "3"}, overwrite=False)
+def resumed(config: Config, *, overwrite: bool = False, redo: bool = False) -> RunDirectory:
+    """The run's directory as a launch begins with it; InputError where it is in the way."""
+    run = RunDirectory(config.storage, config.name)
+    changes = None if overwrite else changes_of(run, config)
+    run.check(changes, overwrite=overwrite, redo=redo)
+    run.begin(config.as_record(), {"python": "3"}, changes, overwrite=overwrite)
     return run
 
 
-def test_the_same_command_goes_on(tmp_path: Path) -> None:
-    run = started(tmp_path)
-    run.stage(1, "sample").finish({"rows": 3})
+def started(folder: Path, *stages: tuple[int, str]) -> RunDirectory:
+    run = resumed(config_of(folder))
+    for number, name in stages:
+        run.stage(number, name).finish({})
+    return run
+
+
+def is_complete(run: RunDirectory, config: Config) -> bool:
+    return run.is_complete(config.rounds, changes_of(run, config))
+
+
+def test_the_same_command_resumes(tmp_path: Path) -> None:
+    started(tmp_path).stage(1, "sample").finish({"rows": 3})
     again = started(tmp_path)
     assert again.stage(1, "sample").is_finished
     assert again.stage(1, "sample").record == {"rows": 3}
@@ -33,15 +49,13 @@ def test_the_same_command_goes_on(tmp_path: Path) -> None:
 
 
 def test_another_configuration_is_refused_with_its_differences_and_what_it_would_undo(tmp_path: Path) -> None:
-    run = started(tmp_path)
-    changed = {"name": "run", "train": {"epochs": 2, "beta": 0.1}}
-    run.stage(1, "pairs").finish({})
-    run.check(changed, overwrite=False)  # there is nothing yet that depends on it
+    run, changed = started(tmp_path, (1, "pairs")), config_of(tmp_path, "train.epochs=5")
+    run.check(changes_of(run, changed))  # there is nothing yet that depends on it
     for name in ("train", "evaluate"):
         run.stage(1, name).finish({})
     with pytest.raises(InputError) as refused:
-        run.check(changed, overwrite=False)
-    assert "train.epochs: 3 there, 2 here" in str(refused.value)
+        resumed(changed)
+    assert "train.epochs: 2 in the run, 5 in the recipe" in str(refused.value)
     assert "beta" not in str(refused.value)
     assert "done again: rounds/1/train, rounds/1/evaluate." in str(refused.value)
     assert "--redo" in str(refused.value)
@@ -49,62 +63,37 @@ def test_another_configuration_is_refused_with_its_differences_and_what_it_would
 
 
 def test_what_a_changed_configuration_makes_invalid_is_done_again_when_told(tmp_path: Path) -> None:
-    run = started(tmp_path)
-    for number, name in [(0, "evaluate"), (1, "sample"), (1, "votes"), (1, "pairs"), (1, "train"), (2, "sample")]:
-        run.stage(number, name).finish({})
-    changed = CONFIG | {"preferences": {"ties": "drop"}}
-    run.check(changed, overwrite=False, redo=True)
-    said = run.begin(changed, {}, overwrite=False)
-    assert said[0] == "changed: preferences: None there, {'ties': 'drop'} here"
-    assert run.stages() == [(0, "evaluate"), (1, "sample")]
-    run.check(changed, overwrite=False)
-    assert run.begin(changed, {}, overwrite=False) == []
-
-
-@pytest.mark.parametrize(
-    ("keys", "method", "step"),
-    [
-        (["train.workers", "engines.cpus", "rounds"], "calm", "nothing"),
-        (["engines.args.gpu_memory_utilization", "engines.args.max_num_seqs"], "calm", "nothing"),
-        (["engines.args.max_model_len"], "calm", "evaluate"),
-        (["train.workers", "train.learning_rate"], "calm", "train"),
-        (["train.beta"], "calm", "train"),
-        (["train.beta"], "dco", "pairs"),
-        (["preferences.ties", "train.epochs"], "calm", "pairs"),
-        (["sampling.temperature"], "calm", "sample"),
-        (["engines.dtype", "method"], "calm", "evaluate"),
-        (["languages", "train.epochs"], "calm", "questions"),
-        (["a_key_that_comes_later"], "calm", "questions"),
-        ([], "calm", "nothing"),
-    ],
-)
-def test_a_change_has_its_first_effect_somewhere(keys: list[str], method: str, step: str) -> None:
-    assert earliest(keys, method) == step
+    there = [(0, "evaluate"), (1, "sample"), (1, "votes"), (1, "pairs"), (1, "train"), (2, "sample")]
+    run, changed = started(tmp_path, *there), config_of(tmp_path, "preferences.ties=smallest")
+    changes = changes_of(run, changed)
+    run.check(changes, redo=True)
+    said = run.begin(changed.as_record(), {}, changes)
+    assert said[0] == "changed: preferences.ties: 'drop' in the run, 'smallest' in the recipe"
+    assert run.folders() == [(0, "evaluate"), (1, "sample")]
+    changes = changes_of(run, changed)
+    run.check(changes)
+    assert run.begin(changed.as_record(), {}, changes) == []
 
 
 def test_more_rounds_go_on_with_a_finished_run(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path), "run")
-    run.begin({"rounds": 1}, {}, overwrite=False)
-    run.stage(1, "train").finish({})
+    run = started(tmp_path, (1, "train"))
     run.finish({})
-    assert run.is_complete({"rounds": 1})
-    assert not run.is_complete({"rounds": 2})
-    run.check({"rounds": 2}, overwrite=False)
-    run.begin({"rounds": 2}, {}, overwrite=False)
+    assert is_complete(run, config_of(tmp_path))
+    more = config_of(tmp_path, "rounds=3")
+    assert not is_complete(run, more)
+    resumed(more)
     assert not run.is_finished
     assert run.stage(1, "train").is_finished
 
 
 def test_a_finished_run_is_left_alone_and_overwritten_when_told(tmp_path: Path) -> None:
-    run = started(tmp_path)
-    run.stage(1, "sample").finish({})
+    run = started(tmp_path, (1, "sample"))
     run.finish({})
-    run.check(CONFIG, overwrite=False)
-    assert run.is_complete(CONFIG)
-    assert not run.is_complete(CONFIG | {"sampling": {"temperature": 0.5}})
-    run.check(CONFIG, overwrite=True)
+    assert is_complete(run, config_of(tmp_path))
+    assert not is_complete(run, config_of(tmp_path, "sampling.temperature=0.5"))
+    run.check(None, overwrite=True)
     assert run.stage(1, "sample").is_finished  # checking deletes nothing
-    run.begin(CONFIG, {}, overwrite=True)
+    resumed(config_of(tmp_path), overwrite=True)
     assert not run.stage(1, "sample").is_finished
 
 
@@ -114,8 +103,21 @@ def test_a_finished_run_that_lost_a_stage_is_not_complete(tmp_path: Path) -> Non
     run.stage(1, "sample").finish({})
     run.finish({})
     Path(run.storage.path("rounds/1/sample/00000-en.parquet")).write_bytes(b"rotten")
-    mend(run)
-    assert not run.is_complete(CONFIG)
+    repair(run, config_of(tmp_path).graph)
+    assert not is_complete(run, config_of(tmp_path))
+
+
+def test_a_run_of_another_format_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = started(tmp_path)
+    noted = run.storage.read_json("config.json")
+    del noted["format"]  # as runs had it before
+    run.storage.write_json("config.json", noted)
+    with pytest.raises(InputError, match="another version of calm_ray") as refused:
+        resumed(config_of(tmp_path))
+    assert len(str(refused.value).splitlines()) == 1
+    with pytest.raises(InputError, match="another version of calm_ray"):
+        open_run(run.uri)
+    resumed(config_of(tmp_path), overwrite=True)
 
 
 def test_a_run_that_was_moved_finds_its_policies(tmp_path: Path) -> None:
@@ -139,10 +141,10 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run" / "thesis.tex").write_text("")
     for overwrite in (False, True):
         with pytest.raises(InputError, match=r"holds thesis\.tex and is not a run"):
-            RunDirectory(str(tmp_path), "run").check(CONFIG, overwrite=overwrite)
+            RunDirectory(str(tmp_path), "run").check(None, overwrite=overwrite)
 
 
-def test_what_an_interrupted_overwrite_left_is_never_gone_on_with(tmp_path: Path) -> None:
+def test_what_an_interrupted_overwrite_left_is_never_resumed(tmp_path: Path) -> None:
     run = started(tmp_path)
     run.stage(1, "sample").finish({})
     (tmp_path / "run" / "config.json.tmp-12345678").write_text("{")  # killed while writing it
@@ -156,24 +158,24 @@ def test_a_run_without_its_configuration_is_not_deleted_by_the_way(tmp_path: Pat
     run.stage(1, "sample").finish({})
     run.storage.delete("config.json")  # by hand, or a copy that broke off
     with pytest.raises(InputError, match=r"without its config\.json"):
-        run.check(CONFIG, overwrite=False)
-    run.check(CONFIG, overwrite=True)
+        run.check(None)
+    run.check(None, overwrite=True)
 
 
 def test_what_was_found_out_under_the_old_configuration_is_forgotten(tmp_path: Path) -> None:
-    run = RunDirectory(str(tmp_path), "run")
-    run.begin({"engines": {"dtype": "bfloat16"}}, {}, overwrite=False)
+    run = started(tmp_path, (0, "evaluate"))
     run.storage.write("bad_prompts.parquet", b"")
-    run.stage(0, "evaluate").finish({})
-    run.begin({"engines": {"dtype": "float32"}}, {}, overwrite=False)
+    resumed(config_of(tmp_path, "engines.dtype=float32"), redo=True)
     assert not run.storage.exists("bad_prompts.parquet")
-    assert run.stages() == []
+    assert run.folders() == []
 
 
-def test_the_optimal_policy_of_the_start_depends_on_gamma() -> None:
-    there = [(0, "evaluate"), (0, "optimal"), (1, "pairs")]
-    assert invalid_stages("pairs", there) == [(0, "optimal"), (1, "pairs")]
-    assert invalid_stages("train", there) == []
+def test_what_was_found_out_stays_where_only_training_is_done_again(tmp_path: Path) -> None:
+    run = started(tmp_path, (0, "evaluate"), (1, "train"))
+    run.storage.write("bad_prompts.parquet", b"")
+    resumed(config_of(tmp_path, "train.epochs=5"), redo=True)
+    assert run.storage.exists("bad_prompts.parquet")
+    assert run.folders() == [(0, "evaluate")]
 
 
 def test_a_run_keeps_the_model_it_started_from(tmp_path: Path) -> None:
@@ -261,12 +263,11 @@ def test_errors_survive_pickling() -> None:
     assert (str(error), error.exit_code) == ("rounds: is 0", 2)
 
 
-def test_a_run_from_before_a_key_was_there_goes_on(tmp_path: Path) -> None:
-    settings = load_config().model_dump(mode="json")
-    older = {**settings, "preferences": {"translator": settings["preferences"]["translator"]}}
-    run = RunDirectory(str(tmp_path), "old")
-    run.begin(older, {}, overwrite=False)
-    run.check(settings, overwrite=False)
-    run.stage(1, "pairs").finish({})
-    with pytest.raises(InputError, match=r"preferences\.ties: 'drop' there, 'smallest' here"):
-        run.check(load_config(None, ["preferences.ties=smallest"]).model_dump(mode="json"), overwrite=False)
+def test_a_run_from_before_a_key_was_there_is_resumed(tmp_path: Path) -> None:
+    run = started(tmp_path, (1, "pairs"))
+    noted = run.storage.read_json("config.json")
+    noted["config"]["preferences"] = {"translator": noted["config"]["preferences"]["translator"]}
+    run.storage.write_json("config.json", noted)
+    resumed(config_of(tmp_path))
+    with pytest.raises(InputError, match=r"preferences\.ties: 'drop' in the run, 'smallest' in the recipe"):
+        resumed(config_of(tmp_path, "preferences.ties=smallest"))

@@ -21,10 +21,10 @@ import pytest
 from factories import golden_metrics, scored, scored_tables
 
 from calm_ray.core.rows import Scored, table
-from calm_ray.core.sections import Dco
 from calm_ray.evaluation.score_report import count_distance, count_scores, distance_report, score_report
 from calm_ray.evaluation.scores import Scores, columns_for, scores_of
 from calm_ray.methods.dco.gamma import gammas, optimal_logps
+from calm_ray.methods.dco.settings import Dco
 
 
 def lone(row: Scored, convention: str) -> Scores:

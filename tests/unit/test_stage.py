@@ -10,14 +10,15 @@ import pyarrow as pa
 import pytest
 
 from calm_ray.core.errors import StorageError
+from calm_ray.recipes import load_config
 from calm_ray.run.bad_prompts import BadPrompts, Blamed
 from calm_ray.run.directory import RunDirectory
 from calm_ray.run.policies import Policy
-from calm_ray.run.repair import mend
+from calm_ray.run.repair import repair
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 
-CONFIG = {"rounds": 2}
+GRAPH = load_config().graph
 
 
 def numbers(*values: int) -> pa.Table:
@@ -71,7 +72,7 @@ def damage(folder: Path, how: str) -> None:
 
 def run_with(folder: Path, *stages: tuple[int, str]) -> RunDirectory:
     run = RunDirectory(str(folder), "run")
-    run.begin(CONFIG, {}, overwrite=False)
+    run.begin({}, {}, None)
     for number, name in stages:
         stage_of(folder / "run" / "rounds" / str(number) / name)
     return run
@@ -84,7 +85,7 @@ def test_only_what_is_damaged_is_made_again(tmp_path: Path, how: str, capsys: py
     sample = run.stage(1, "sample")
     before = {name: sample.storage.read(name) for name in ("00000-en.parquet", "00002-en.parquet")}
     damage(tmp_path / "run/rounds/1/sample", how)
-    mend(run)
+    repair(run, GRAPH)
     assert "rounds/1/sample: 1 files are gone or not what was written (00001-en.parquet)" in capsys.readouterr().out
     assert not sample.is_finished
     assert sample.chunks() == {"00000-en", "00002-en"}
@@ -93,7 +94,7 @@ def test_only_what_is_damaged_is_made_again(tmp_path: Path, how: str, capsys: py
     sample.finish({"policy": "base"})
     assert sample.counts() == {"rows": 3, "tokens": 30}
     assert before == {name: sample.storage.read(name) for name in before}
-    mend(run)
+    repair(run, GRAPH)
     assert sample.is_finished
 
 
@@ -103,7 +104,7 @@ def test_a_torn_manifest_is_made_again_from_whole_chunks(tmp_path: Path, torn: s
     sample, folder = run.stage(1, "sample"), tmp_path / "run/rounds/1/sample"
     before = sample.manifest()
     (folder / torn).write_bytes((folder / torn).read_bytes()[:-20])
-    mend(run)
+    repair(run, GRAPH)
     assert not sample.is_finished
     assert sample.manifest() == before
     assert run.stage(2, "sample").is_finished
@@ -113,7 +114,7 @@ def test_of_a_torn_manifest_and_a_torn_chunk_the_chunk_is_lost(tmp_path: Path) -
     run = run_with(tmp_path, (1, "sample"))
     for how in ("manifest", "cut"):
         damage(tmp_path / "run/rounds/1/sample", how)
-    mend(run)
+    repair(run, GRAPH)
     assert run.stage(1, "sample").chunks() == {"00000-en", "00002-en"}
 
 
@@ -137,7 +138,7 @@ def test_a_manifest_or_record_of_another_shape_is_torn(tmp_path: Path, file: str
     sample = run.stage(1, "sample")
     before = sample.manifest()
     sample.storage.write(file, content.encode())
-    mend(run)
+    repair(run, GRAPH)
     assert not sample.is_finished
     assert sample.manifest() == before
     assert (tmp_path / "outside").exists()
@@ -149,7 +150,7 @@ def test_an_entry_of_another_shape_is_torn(tmp_path: Path, content: str) -> None
     stage = stage_of(tmp_path / "run/rounds/1/sample", finished=False)
     before = stage.manifest()
     stage.storage.write("manifest/00001-en.parquet.json", content.encode())
-    mend(run)
+    repair(run, GRAPH)
     assert stage.manifest() == before
 
 
@@ -159,7 +160,7 @@ def test_a_finished_stage_without_its_manifest_is_not_finished(tmp_path: Path) -
     before = sample.manifest()
     sample.storage.delete("manifest.json")
     damage(tmp_path / "run/rounds/1/sample", "gone")
-    mend(run)
+    repair(run, GRAPH)
     assert not sample.is_finished
     assert sample.manifest() == {name: entry for name, entry in before.items() if name != "00001-en.parquet"}
 
@@ -169,7 +170,7 @@ def test_a_copy_of_a_chunk_is_no_part_of_a_finished_stage(tmp_path: Path) -> Non
     sample = run.stage(1, "sample")
     before = sample.manifest()
     sample.storage.write("00000-en-backup.parquet", sample.storage.read("00000-en.parquet"))
-    mend(run)
+    repair(run, GRAPH)
     assert sample.is_finished
     assert sample.manifest() == before
 
@@ -179,14 +180,14 @@ def test_a_chunk_whose_writer_was_killed_before_its_entry_is_kept(tmp_path: Path
     stage = stage_of(tmp_path / "run/rounds/1/sample", finished=False)
     before = stage.manifest()
     stage.storage.delete("manifest/00001-en.parquet.json")
-    mend(run)
+    repair(run, GRAPH)
     assert stage.manifest() == before
 
 
 def test_votes_and_pairs_are_made_together(tmp_path: Path) -> None:
     run = run_with(tmp_path, (1, "votes"), (1, "pairs"))
     damage(tmp_path / "run/rounds/1/votes", "cut")
-    mend(run)
+    repair(run, GRAPH)
     for name in ("votes", "pairs"):
         assert run.stage(1, name).chunks() == {"00000-en", "00002-en"}
         assert not run.stage(1, name).is_finished
@@ -210,18 +211,18 @@ def test_a_lost_policy_is_trained_again_unless_a_later_round_went_on_from_it(
     for number in (1, 2):
         file = tmp_path / f"run/rounds/{number}/train/policy/adapter_model.safetensors"
         file.write_bytes(file.read_bytes()[:5])
-    mend(run)
+    repair(run, GRAPH)
     assert not run.stage(2, "train").is_finished
     assert not run.stage(2, "train").storage.exists("policy.json")  # else it would seem to have been trained
     assert run.stage(1, "train").record["policy"]["name"] == first.name
-    assert f"policy {first.name} is lost; round 2 has gone on from it" in capsys.readouterr().out
+    assert f"policy {first.name} is lost; round 2 has started from it" in capsys.readouterr().out
 
 
 def test_what_led_to_a_policy_is_not_needed_any_more(tmp_path: Path) -> None:
     run = run_with(tmp_path)
     trained(run, 1)
     (tmp_path / "run/rounds/1/train/metrics.json").unlink()
-    mend(run)
+    repair(run, GRAPH)
     assert run.stage(1, "train").is_finished
 
 
@@ -229,7 +230,7 @@ def test_a_torn_file_of_a_training_that_had_only_begun_is_forgotten(tmp_path: Pa
     run = run_with(tmp_path)
     stage = stage_of(tmp_path / "run/rounds/1/train", finished=False)
     damage(tmp_path / "run/rounds/1/train", "cut")
-    mend(run)
+    repair(run, GRAPH)
     assert stage.chunks() == {"00000-en", "00002-en"}
 
 
@@ -239,7 +240,7 @@ def test_a_training_that_had_begun_on_lost_pairs_begins_again(tmp_path: Path) ->
     ended = trained(run, 2)
     for number in (1, 2):
         damage(tmp_path / f"run/rounds/{number}/pairs", "cut")
-    mend(run)
+    repair(run, GRAPH)
     assert not run.storage.exists("rounds/1/train")
     assert run.stage(2, "train").record["policy"]["name"] == ended.name
 
@@ -252,9 +253,9 @@ def test_another_policy_after_all_makes_what_came_after_invalid(tmp_path: Path) 
     run = run_with(tmp_path, (0, "evaluate"), (1, "pairs"))
     for number, name in ((1, "evaluate"), (2, "sample")):
         written_by(run.stage(number, name), "r0001-first")  # neither is finished
-    assert run.forget_after_training(1, "r0001-first") == []  # the same again
-    assert run.forget_after_training(1, "r0001-other") == ["rounds/1/evaluate", "rounds/2/sample"]
-    assert run.stages() == [(0, "evaluate"), (1, "pairs")]
+    assert run.forget_after(GRAPH, 1, "r0001-first") == []  # the same again
+    assert run.forget_after(GRAPH, 1, "r0001-other") == ["rounds/1/evaluate", "rounds/2/sample"]
+    assert run.folders() == [(0, "evaluate"), (1, "pairs")]
 
 
 def test_a_disk_that_takes_nothing_leaves_no_traces(tmp_path: Path) -> None:
@@ -276,7 +277,7 @@ def test_bad_prompts_are_known_where_the_same_questions_are_asked(tmp_path: Path
     assert len(bad.known(questions)) == 3
     note([Blamed("q8", "en", "00001", "it hung")])  # the other one was none after all
     assert bad.known(questions) == {("q7", "fr"), ("q8", "en")}
-    assert bad.known(run.questions("evaluate")) == set()
+    assert bad.known(run.questions("held_out")) == set()
     assert json.loads(json.dumps(run.storage.read_table("bad_prompts.parquet").to_pylist()[0])) == {
         "question_id": "q7", "language": "fr", "questions": "questions/align", "stage": "rounds/1/sample",
         "chunk": "00000", "error": "it died",

@@ -48,7 +48,7 @@ def taken(folder: Path, **questions: Any) -> tuple[set[str], set[str]]:
         "questions": questions,
     }  # fmt: skip
     recipe.write_text(json.dumps(settings))
-    parts = _read_questions(load_config(recipe), folder)
+    parts = _read_questions(load_config(recipe), folder, needs_gold=False)
     align, evaluate = ({row["question_id"] for row in part.questions} for part in parts)
     return align, evaluate
 

@@ -2,7 +2,7 @@ import pytest
 from factories import completions
 
 from calm_ray.core.rows import Completion, Vote
-from calm_ray.core.sections import Preferences
+from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.voting import ballots_of, elect, merge_order, right_answers, vote_rows
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from calm_ray.core.sections import Preferences
 from calm_ray.methods.calm.pairing import pair_up
 from calm_ray.methods.calm.recorded import Recorded
+from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.vote_report import columns_of_ballots, count_samples
 from calm_ray.methods.calm.voting import Ballots, elect
 from calm_ray.prompts.extraction import EXTRACTORS, NOBODY, Ints

@@ -21,10 +21,10 @@ from calm_ray.cluster.connection import cluster
 from calm_ray.cluster.resources import Group, Needs
 from calm_ray.core.console import progress_bar, say
 from calm_ray.core.errors import InputError
-from calm_ray.core.sections import Preferences
 from calm_ray.methods.calm.from_columns import PAIRS, make_pairs
 from calm_ray.methods.calm.import_completions import Imported, open_completions
 from calm_ray.methods.calm.recorded import RecordedChunks
+from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.vote_report import sample_report
 from calm_ray.questions.parallel import BAD_ROWS, as_lines
 from calm_ray.questions.reader import OnBadRow

@@ -11,8 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from calm_ray.core.languages import language_code
-from calm_ray.core.sections import Preferences
 from calm_ray.core.seeds import rng_of
+from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.voting import Ballots, Election, merge_order
 from calm_ray.prompts.extraction import NOBODY, Ints
 

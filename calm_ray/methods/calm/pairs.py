@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from calm_ray.core.rows import Completion, Pair, Question
-from calm_ray.core.sections import Preferences
 from calm_ray.methods.calm.pairing import pair_up
+from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.voting import Ballots, Election
+from calm_ray.methods.shared.pairs import pair_of
 from calm_ray.prompts.passages import Passage, Translator
 from calm_ray.prompts.questions import letters, prompt_text
 from calm_ray.prompts.rendering import plain_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Questions = Mapping[tuple[str, str], Question]
 """(question_id, language) -> question."""
@@ -81,27 +84,12 @@ def finish_pairs(
     for draft, text in zip(drafts, texts, strict=True):
         if text is None:
             continue
-        winner, loser = draft.winner, draft.loser
+        loser = draft.loser
         question_id = loser["question_id"]
-        pairs.append(
-            Pair(
-                round=round_number,
-                question_id=question_id,
-                pair=numbers[question_id],
-                language=loser["language"],
-                prompt=plain_prompt(tokenizer, prompt_text(questions[question_id, loser["language"]], instruction)),
-                chosen=text,
-                rejected=loser["text"],
-                prompt_token_ids=loser["prompt_token_ids"],
-                chosen_token_ids=_chosen_tokens(draft, text, tokenizer),
-                rejected_token_ids=loser["token_ids"],
-                chosen_answer=str(winner["answer"]),
-                rejected_answer=str(loser["answer"]),
-                chosen_language=winner["language"],
-                policy=loser["policy"],
-                target_margin=None,
-            )
-        )
+        prompt = plain_prompt(tokenizer, prompt_text(questions[question_id, loser["language"]], instruction))
+        tokens = _chosen_tokens(draft, text, tokenizer)
+        chosen: Completion = {**draft.winner, "text": text, "token_ids": tokens}
+        pairs.append({**pair_of(chosen, loser, prompt, numbers[question_id]), "round": round_number})
         numbers[question_id] += 1
     return pairs
 

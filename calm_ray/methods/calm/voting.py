@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from calm_ray.core.languages import language_code
 from calm_ray.core.rows import Completion, Vote
-from calm_ray.core.sections import Preferences
 from calm_ray.core.seeds import rng_of
+from calm_ray.methods.calm.settings import Preferences
 from calm_ray.prompts.extraction import NOBODY, Ints, letter, letter_index
 from calm_ray.prompts.questions import LETTERS
 

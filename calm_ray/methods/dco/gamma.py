@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from calm_ray.core.sections import Dco
+from calm_ray.methods.dco.settings import Dco
 
 Floats = NDArray[np.float64]
 

@@ -1,23 +1,85 @@
-"""The optimal policy's figures, counted chunk by chunk in Ray Data."""
+"""The optimal policy that a round's reference leads to, beside the round's policy; it needs no training."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from calm_ray.cluster.over_chunks import count_over
-from calm_ray.core.sections import Dco
+from calm_ray.core.settings import RunSettings
 from calm_ray.evaluation.from_scores import ScoreCounter
 from calm_ray.evaluation.score_report import count_distance, count_scores, distance_report, score_report
 from calm_ray.evaluation.scores import chunks_of
+from calm_ray.evaluation.tables import OPTIMAL
+from calm_ray.methods.base import Entry, Step
 from calm_ray.methods.dco.gamma import gammas, optimal_logps
+from calm_ray.methods.dco.settings import Dco
+from calm_ray.methods.round import Round
+from calm_ray.methods.shared.evaluation import LikeliestAnswers, ReferenceOnHeldOut
+from calm_ray.methods.shared.scores import ReferenceScores, Scores, ScoringStep
 from calm_ray.run.stage import Stage
 
 
 @dataclass(frozen=True)
+class Optimum(Step):
+    """The optimal policy's figures on the questions trained on and on those held out, and how far the policy is."""
+
+    settings: RunSettings
+    dco: Dco
+    scored: tuple[tuple[ScoringStep, ReferenceScores], ...]
+    """The policy's scores, and the reference's of the same candidates."""
+
+    name = OPTIMAL
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(step.name for pair in self.scored for step in pair)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return ("dco.gamma", "dco.anchor", "dco.languages", "train.beta", "train.reference")
+
+    @property
+    def first_round(self) -> int:
+        return max(policy.first_round for policy, _ in self.scored)
+
+    def make(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> None:
+        from calm_ray.cluster.over_chunks import count_over
+
+        record: Entry = {}
+        stages = dict(zip(self.reads, inputs, strict=True))
+        for scores, reference in self.scored:
+            languages, convention = self.settings.languages, scores.candidates.score
+            counter = ScoreCounter(stages[scores.name], languages, convention)
+            optimum = OptimumCounter(counter, stages[reference.name], self.dco, self.settings.train.beta)
+            counts = count_over(optimum.count, chunks_of(optimum.reference))
+            if report := score_report(counts):
+                record[scores.part] = {**report, **distance_report(counts)}
+        output.finish(record)
+
+    def summary(self, record: Entry) -> Entry:
+        return {OPTIMAL: record} if record else {}
+
+
+def optimum_of(evaluation: Sequence[Step]) -> Optimum | None:
+    """The step of an evaluation that knows the optimal policy; None where there is none."""
+    return next((step for step in evaluation if isinstance(step, Optimum)), None)
+
+
+def optimum_steps(settings: RunSettings, dco: Dco) -> tuple[Step, ...]:
+    """The optimal policy, behind the reference's scores that it is made of.
+
+    It is known for candidates that are scored in all languages of the run: of sampled ones none are held out.
+    """
+    scored: list[tuple[ScoringStep, ReferenceScores]] = [(Scores(settings), ReferenceScores(settings))]
+    if not settings.draws_candidates and set(settings.languages) <= set(settings.asked_languages):
+        scored.append((LikeliestAnswers(settings), ReferenceOnHeldOut(settings)))
+    return *(reference for _, reference in scored), Optimum(settings, dco, tuple(scored))
+
+
+@dataclass(frozen=True)
 class OptimumCounter:
-    """Counts what the optimal policy says that a reference leads to, and how far a policy is from it.
+    """Counts what the optimal policy says that a reference leads to, and how far a policy is from it. Picklable.
 
     Both by summed log-probabilities: the optimal policy is known but for a constant of each question, which other
     conventions would weigh differently for each candidate.
@@ -32,15 +94,10 @@ class OptimumCounter:
     def count(self, chunk: str) -> Counter[str]:
         by_sum = replace(self.policy, convention="sum")
         reference, policy = by_sum.read(self.reference, chunk), by_sum.read(self.policy.scored, chunk)
-        # A prompt that ends every engine may have been found between the two.
+        # A prompt that crashes every engine may have been found between the two.
         reference, policy = reference.only(set(policy.questions)), policy.only(set(reference.questions))
         gamma = gammas(self.settings, self.policy.languages, self.beta)
         optimal = replace(reference, logps=optimal_logps(reference.logps, gamma, self.beta))
         counts = count_scores(optimal)
         counts.update(count_distance(policy, optimal, self.beta))
         return counts
-
-    def report(self) -> dict[str, Any]:
-        counts = count_over(self.count, chunks_of(self.reference))
-        report = score_report(counts)
-        return {**report, **distance_report(counts)} if report else {}

@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from calm_ray.core.rows import Pair, schema
-from calm_ray.core.sections import Dco
 from calm_ray.core.seeds import derive_seed
 from calm_ray.evaluation.scores import Scores
 from calm_ray.methods.dco.gamma import Floats, target_margins
+from calm_ray.methods.dco.settings import Dco
 from calm_ray.prompts.candidates import label
 
 Ints = NDArray[np.int64]
@@ -37,30 +37,31 @@ class DrawnPairs:
     """[P, L], the languages that a pair is trained in."""
 
 
-def draw_pairs(scores: Scores, settings: Dco, *, seed: int, gold: bool = False) -> DrawnPairs:
-    """`settings.pairs` pairs of each question's candidates, all different, each in random order.
+def draw_pairs(scores: Scores, pairs: int, settings: Dco | None, *, seed: int) -> DrawnPairs:
+    """So many pairs of each question's candidates, all different, each in random order.
 
-    A question's draws depend on the seed and its id alone, not on the chunk it lies in. With `gold` the right candidate
-    is the chosen one of every pair; questions without one, or with fewer than two candidates to draw from, give none.
+    A question's draws depend on the seed and its id alone, not on the chunk it lies in. Without `settings`, for the
+    gold baselines, the right candidate is the chosen one of every pair; questions without one, or with fewer than two
+    candidates to draw from, give none.
     """
     counts, right = scores.counts[:, None], scores.right[:, None]
     candidates = scores.logps.shape[2]
-    if gold:
+    if settings is None:
         other = np.arange(candidates)
         words, allowed = _words(scores.questions, seed, candidates), (right >= 0) & (other < counts) & (other != right)
-        question, number, option = _smallest(words, allowed, settings.pairs)
+        question, number, option = _smallest(words, allowed, pairs)
         chosen, rejected = scores.right[question], other[option]
     else:
         later, earlier = np.tril_indices(candidates, -1)  # in this order a pair has the same place for any K
         words, allowed = _words(scores.questions, seed, len(later)), later < counts
         if settings.exclude_gold:
             allowed &= (earlier != right) & (later != right)
-        question, number, option = _smallest(words, allowed, settings.pairs)
+        question, number, option = _smallest(words, allowed, pairs)
         swapped = words[question, option] % 2 == 1
         chosen = np.where(swapped, later[option], earlier[option])
         rejected = np.where(swapped, earlier[option], later[option])
     together = np.ones((len(question), len(scores.languages)), dtype=np.bool_)
-    if settings.languages == "bilingual" and not gold:
+    if settings is not None and settings.languages == "bilingual":
         together = _two_of(len(scores.languages), _mixed(words[question, option]))
     return DrawnPairs(question, number, chosen, rejected, together)
 

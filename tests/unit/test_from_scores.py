@@ -5,7 +5,9 @@ from pathlib import Path
 from factories import scored_tables
 
 from calm_ray.core.rows import Prediction, table
-from calm_ray.evaluation.from_scores import answers_of, changed_answers
+from calm_ray.evaluation.from_scores import changed_answers, likeliest_answers
+from calm_ray.methods.shared.evaluation import WrittenAnswers
+from calm_ray.recipes import load_config
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 
@@ -21,8 +23,8 @@ def scored_stage(folder: Path, logps: dict[str, list[list[float]]]) -> Stage:
 
 def test_changed_answers_are_counted_in_each_language(tmp_path: Path) -> None:
     low, high = [-2.0, -1.0], [-1.0, -2.0]
-    before = answers_of(scored_stage(tmp_path / "0", {"en": [high, high, low], "zh": [low, low, low]}), "sum")
-    now = answers_of(scored_stage(tmp_path / "1", {"en": [low, high, low], "zh": [high, low, high]}), "sum")
+    before = likeliest_answers(scored_stage(tmp_path / "0", {"en": [high, high, low], "zh": [low, low, low]}), "sum")
+    now = likeliest_answers(scored_stage(tmp_path / "1", {"en": [low, high, low], "zh": [high, low, high]}), "sum")
     assert now["en", "q0"] == "1"
     assert now["zh", "q2"] == "0"
     assert len(now) == 6
@@ -40,6 +42,8 @@ def test_written_answers_change_too(tmp_path: Path) -> None:
         stage.write("00000-en", table(Prediction, rows))
         return stage
 
-    before, now = (answers_of(written(name, answers), None) for name, answers in (("0", "AB-C"), ("1", "ABB-")))
+    answers_of = WrittenAnswers(load_config()).answers
+    before, now = (answers_of(written(name, answers)) for name, answers in (("0", "AB-C"), ("1", "ABB-")))
     assert changed_answers(now, before) == {"en": 0.5}
-    assert answers_of(Stage(Storage(str(tmp_path / "empty"))), "sum") == {}
+    nothing = Stage(Storage(str(tmp_path / "empty")))
+    assert answers_of(nothing) == likeliest_answers(nothing, "sum") == {}

@@ -1,0 +1,40 @@
+"""The gold baselines, the only methods that train with gold answers: DPO and SFT on right pairs.
+
+The pairs of a vote whose winner is right (CALM, Table 2); or, with `candidates`, the right candidate against another
+one (DCO, section 6.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from calm_ray.core.settings import RunSettings
+from calm_ray.methods.base import Step
+from calm_ray.methods.calm import Calm, Sft
+from calm_ray.methods.calm.settings import Preferences
+
+
+class DpoGold(Calm):
+    def needs_gold(self, own: Preferences) -> bool:
+        return True
+
+    def defaults(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().defaults(recipe), self.section: {"winner": "gold"}}
+
+    def steps(self, run: RunSettings, own: Preferences) -> tuple[Step, ...]:
+        if run.candidates is None:
+            return super().steps(run, own)
+        from calm_ray.methods.dco.pair_candidates import PairCandidates
+        from calm_ray.methods.shared.scores import ReferenceScores
+
+        scores = ReferenceScores(run)
+        return scores, PairCandidates(run, scores)
+
+
+class SftGold(DpoGold, Sft):
+    """Supervised training on the right side."""
+
+
+DPO_GOLD = DpoGold()
+SFT_GOLD = SftGold()

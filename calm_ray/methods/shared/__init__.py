@@ -1,0 +1,1 @@
+"""Steps that methods share: sampling, candidates' scores, training, evaluation."""

@@ -1,0 +1,130 @@
+"""TRAIN: the examples of a round become its policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from calm_ray.core.console import progress_bar, say
+from calm_ray.core.settings import RunSettings
+from calm_ray.methods.base import Step
+from calm_ray.methods.round import Asks, Round
+from calm_ray.methods.work import Sizes, Work
+from calm_ray.run.policies import Policy
+from calm_ray.run.stage import Stage
+
+if TYPE_CHECKING:
+    from calm_ray.training.job import TrainJob
+    from calm_ray.training.objectives import Objective
+
+LEFT = ("reference.parquet", "metrics.json", "policy.json")
+"""What training leaves beside the policy's own files."""
+COLLAPSE_NATS = 1.0
+"""A fall of the chosen sides' log-probability per token, from the reference, that is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Train(Step):
+    """The policy of a round; without examples there is nothing to learn, and it stays the one the round starts from."""
+
+    settings: RunSettings
+    objective: Objective
+    examples: Step
+    """The step whose rows are trained on."""
+
+    name = "train"
+
+    @property
+    def asks(self) -> Asks:
+        return "start"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.examples.name,)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return ("train", "method", *self.objective.keys)
+
+    def make(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> None:
+        started = time.monotonic()
+        policy = round.start
+        if inputs[0].counts()["rows"]:
+            policy = trained(output) or self._train(round, self._job(round, output, inputs[0]))
+        else:
+            say(f"round {round.number}: nothing to train on, since {self.examples.why_empty}")
+        for name in round.run.forget_after(round.graph, round.number, policy.name):
+            say(f"{name}: was produced by a policy that has been lost; recomputing")
+        output.storage.delete("checkpoints")
+        files = [name for name in LEFT if output.storage.exists(name)]
+        files += [f"policy/{name}" for name in output.storage.files("policy")]
+        output.finish({"policy": policy.as_json(), "seconds": time.monotonic() - started}, files)
+
+    def _job(self, round: Round, output: Stage, examples: Stage) -> TrainJob:
+        from calm_ray.training.job import TrainJob
+
+        settings = self.settings
+        return TrainJob(
+            examples=examples,
+            output=output,
+            model=round.model,
+            start=round.start,
+            reference=round.reference,
+            train=settings.train,
+            objective=self.objective,
+            seed=settings.seed,
+            round_number=round.number,
+        )
+
+    def _train(self, round: Round, job: TrainJob) -> Policy:
+        from calm_ray.training.workers import train_round
+
+        device, engines = self.settings.device, round.engines
+        with progress_bar(self.heading(round)) as progress:
+            report = Progress(progress)
+            if self.settings.placement == "split":
+                return train_round(job, device, report)
+            with engines.asleep():
+                return train_round(job, device, report, 1.0 - engines.spec.gpu_fraction)
+
+    def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
+        """Every branch of an example is read behind a prompt of its own."""
+        examples = before[self.examples.name]
+        tokens = examples.rows * self.objective.sides * (sizes.prompt + examples.side)
+        reference = tokens if self.objective.needs_reference else 0
+        return Work(rows=examples.rows, unit=examples.unit, trained=tokens, reference=reference)
+
+
+class Progress:
+    """Training on its bar, and a warning where the objective lowers what it should raise."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar, self._has_warned = bar, False
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if "steps" in row:
+            self._bar.set_total(row["steps"])
+            if row["too_long_pairs"]:
+                say(f"  {row['too_long_pairs']} pairs are longer than train.max_pair_tokens and were left out")
+        elif "train/loss" in row:
+            change = row.get("train/chosen_change_per_token")  # of objectives with a better side
+            chosen = f", chosen {change:+.2f} nats/token" if change is not None else ""
+            self._bar.advance(note=f"loss {row['train/loss']:.3f}{chosen}")
+            if change is not None and change < -COLLAPSE_NATS and not self._has_warned:
+                self._has_warned = True
+                say(
+                    f"  warning: at step {row['step']} the chosen answers have become {-change:.1f} nats per "
+                    "token less likely than under the reference: training lowers both sides. "
+                    "Lower train.learning_rate or raise train.sft_weight."
+                )
+
+
+def trained(output: Stage) -> Policy | None:
+    """The policy of a training that had ended when the driver died."""
+    try:
+        policy = Policy(**output.storage.read_json("policy.json"))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return policy if output.storage.hash_folder("policy") == policy.sha256 else None
