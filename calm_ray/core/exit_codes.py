@@ -7,10 +7,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calm_ray.core.errors import CalmRayError
 from calm_ray.core.safety import redact
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 INTERRUPTED = 130
 
@@ -21,6 +24,7 @@ def exit_code_of(command: Callable[[], None], *, goes_on: bool = False, overwrit
     `goes_on`: given again it takes up what it had begun; but not if it `overwrites`, which would delete that.
     """
     end_on_sigterm()
+    sys.unraisablehook = _interrupt_again
     try:
         command()
     except CalmRayError as error:
@@ -50,3 +54,13 @@ def end_on_sigterm() -> None:
 def _interrupt(signal_number: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being put away now is put away to its end
     raise KeyboardInterrupt
+
+
+def _interrupt_again(unraisable: UnraisableHookArgs) -> None:
+    """Python swallows what is raised in a destructor or a weak reference's callback, a Ctrl-C too: this repeats it."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        main = threading.main_thread().ident
+        assert main is not None
+        threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()  # not here: it would be swallowed too
+    else:
+        sys.__unraisablehook__(unraisable)

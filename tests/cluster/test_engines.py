@@ -27,7 +27,7 @@ from calm_ray.engines.generator import Decoding, Generator
 from calm_ray.engines.health import Health, Heartbeats
 from calm_ray.engines.pool import EnginePool
 from calm_ray.engines.replica import EngineHandle
-from calm_ray.engines.requests import ChunkRequest, Sample, Served
+from calm_ray.engines.requests import ChunkRequest, Sample, Served, Write
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.tasks import ChunkTask
 from calm_ray.engines.text_service import TextService
@@ -247,15 +247,15 @@ def start_scribes(count: int, heartbeats: Any, once: Path) -> list[Any]:
             self._number = number
             ray.get(heartbeats.started.remote(number, ray.get_runtime_context().get_node_id()))
 
-        def write(self, messages: list[str], max_new_tokens: int, policy: Policy, ticket: int) -> list[str]:
+        def write(self, request: Write, policy: Policy, ticket: int) -> list[str]:
             ray.get(heartbeats.beat.remote(self._number, 0, at_work=False, is_asleep=False))
             ray.get(heartbeats.begins.remote(ticket, self._number))
             if not once.exists():
                 once.touch()
                 time.sleep(3600)
-            if "poison" in messages:
+            if "poison" in request.messages:
                 os._exit(1)
-            return [message.upper() for message in messages]
+            return [message.upper() for message in request.messages]
 
     return [ray.remote(num_cpus=0, max_restarts=-1)(Scribe).remote(number) for number in range(count)]
 
@@ -265,7 +265,8 @@ def test_the_text_service_replaces_an_engine_that_hangs_and_does_without_the_mes
 ) -> None:
     heartbeats = ray.remote(num_cpus=0)(Heartbeats).remote()
     engines = start_scribes(2, heartbeats, tmp_path / "once")
-    text_service = TextService(engines, Policy(), heartbeats, seconds=3600, silent_seconds=20)
+    handles = [EngineHandle(actor) for actor in engines]
+    text_service = TextService(handles, Policy(), heartbeats, seconds=3600, silent_seconds=20)
     assert text_service(["one", "two", "three", "poison", "four"], 8) == ["ONE", "TWO", "THREE", None, "FOUR"]
     for actor in [*engines, heartbeats]:
         ray.kill(actor)

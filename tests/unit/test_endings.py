@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from calm_ray.core.errors import InputError, ResourceError, StorageError
@@ -46,3 +48,19 @@ def test_any_other_error_is_told_with_where_it_came_from_and_without_secrets(
     assert said.startswith("Traceback")
     assert "in fail" in said
     assert said.endswith("RuntimeError: GET https://[hidden]@host with [hidden]\n")
+
+
+def test_a_ctrl_c_that_python_swallows_is_not_lost() -> None:
+    """An exception that leaves a destructor goes no further; the command would run on."""
+
+    class Interrupted:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def command() -> None:
+        victim = Interrupted()
+        del victim
+        time.sleep(60)
+        raise AssertionError("the command ran on")
+
+    assert exit_code_of(command) == 130
