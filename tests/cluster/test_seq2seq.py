@@ -56,7 +56,7 @@ def teach(model: Any, encode: Encode) -> None:
     """Trains until the dictionary is known."""
     rng, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), lr=1e-3)
     flawless = 0
-    for _ in range(1500):
+    for _ in range(3000):
         texts, targets = [some_words(rng) for _ in range(64)], rng.choices(["fr", "de"], k=64)
         pairs = [encode(text, translated(text, to), to) for text, to in zip(texts, targets, strict=True)]
         inputs, labels = (
@@ -71,7 +71,7 @@ def teach(model: Any, encode: Encode) -> None:
         # But for the first token, which may be the language, that only its user can know.
         wrong = (output.logits.argmax(-1) != labels) & (labels != -100)
         flawless = flawless + 1 if not wrong[:, 1:].any() else 0
-        if flawless == 20:
+        if flawless == 60:
             return
     raise AssertionError("the model did not learn its words")
 
