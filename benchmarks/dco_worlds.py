@@ -1,10 +1,10 @@
-"""Does DCO align? The DCO demo on several worlds, and in two languages with an anchor.
+"""Does DCO align languages? Runs the DCO demo on several worlds, and on two languages with an anchor.
 
     python benchmarks/dco_worlds.py --seeds 0 1 2 3 4
 
-Every run is a whole job of its own (`jobs/dco.py` with other keys), kept under `storage`; runs that are finished are
-not repeated. `joint` aligns four languages. `anchored` aligns two, the world's strongest (the anchor, strength 10) and
-its weakest, by the base model's accuracy on held-out questions. Prints a line for each run and the means.
+Every run is a separate job (`jobs/dco.py` with overrides), kept under `storage`; finished runs are not repeated.
+`joint` aligns four languages. `anchored` aligns two, the strongest (the anchor, strength 10) and the weakest by the
+base model's accuracy on held-out questions. Prints a line per run, then the means.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def main() -> None:
 
 
 def figures(summary: dict[str, Any]) -> dict[str, float]:
-    """In percent, but for nats: held-out questions, those trained on, and the optimal policy."""
+    """Metrics on held-out and training questions and of the optimal policy, in percent; the distance is in nats."""
     first, last = summary["rounds"][0], summary["rounds"][-1]
     start, end = first["training"]["rankc_mean"], last["training"]["rankc_mean"]
     optimal = last["optimal"]["held_out"]
-    shares = {
+    fractions = {
         "RankC": first["rankc_mean"],
         "after": last["rankc_mean"],
         "gain": last["rankc_mean"] - first["rankc_mean"],
@@ -62,7 +62,7 @@ def figures(summary: dict[str, Any]) -> dict[str, float]:
         "of the way": (end - start) / (1 - start),
         "answers as optimal": optimal["top1_with_optimal"],
     }
-    return {key: 100 * value for key, value in shares.items()} | {"nats from optimal": optimal["margin_distance"]}
+    return {key: 100 * value for key, value in fractions.items()} | {"nats from optimal": optimal["margin_distance"]}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Does CALM align? The demo on several worlds, beside controls with the same budget and the paper's SFT baseline.
+"""Does CALM align languages? Compares it on demo worlds with equal-budget controls and the paper's SFT baseline.
 
     python benchmarks/demo_worlds.py --seeds 0 1 2 3 4
 
-Every run is a whole job of its own (`jobs/calm.py` with other keys), kept under `storage`; runs that are finished are
-not repeated. A world that this machine has not met is pretrained first. Prints a line for each run and the means.
+Every run is a separate job (`jobs/calm.py` with overrides), kept under `storage`; finished runs are not repeated.
+Pretrains models for worlds not yet cached on this machine. Prints a line per run, then the means.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VARIANTS: dict[str, list[str]] = {
     "calm": [],
     "random": ["preferences.winner=random"],
     "own_language": ["preferences.scope=own_language"],
-    "sft": ["method=sft", "train.learning_rate=3e-4", "train.warmup_share=0.1", "train.sft_weight=0"],
+    "sft": ["method=sft", "train.learning_rate=3e-4", "train.warmup_ratio=0.1", "train.sft_weight=0"],
 }
 
 
@@ -43,12 +43,12 @@ def main() -> None:
 
 
 def run(variant: str, seed: int, storage: str) -> dict[str, float]:
-    """The figures of one run, in percent."""
+    """Metrics of one run, in percent."""
     summary = summary_of("calm.py", f"{variant}-{seed}", storage, [f"world.seed={seed}", *VARIANTS[variant]])
     first, last = summary["rounds"][0], summary["rounds"][-1]
     gains = {code: last["accuracy"][code] - first["accuracy"][code] for code in summary["languages"]}
     vote = first["vote"]
-    shares = {
+    fractions = {
         "base": first["accuracy_mean"],
         "after": last["accuracy_mean"],
         "gain": last["accuracy_mean"] - first["accuracy_mean"],
@@ -56,16 +56,16 @@ def run(variant: str, seed: int, storage: str) -> dict[str, float]:
         "after ": last["consistency"]["2"],
         "gain ": last["consistency"]["2"] - first["consistency"]["2"],
         **gains,
-        "unreadable": first["unreadable"],
-        "after  ": last["unreadable"],
+        "unparseable": first["unparseable"],
+        "after  ": last["unparseable"],
         "vote": vote["vote_accuracy"],
         "best language": max(*vote["own_vote_accuracy"].values(), *vote["sample_accuracy"].values()),
     }
-    return {key: 100 * value for key, value in shares.items()}
+    return {key: 100 * value for key, value in fractions.items()}
 
 
 def summary_of(job: str, name: str, storage: str, keys: list[str]) -> dict[str, Any]:
-    """summary.json of a job's run; runs it, or goes on with it, where it is not finished."""
+    """summary.json of a run; starts or resumes the run first if it is not finished."""
     folder = Path(storage) / name
     if not (folder / "finished.json").is_file():
         with open(f"{storage}-{name}.log", "w") as log:

@@ -1,10 +1,10 @@
-"""What the pool, the chunks and their manifest cost: sampling through calm_ray beside a bare loop over `LLM.generate`.
+"""Overhead of the engine pool, chunks and manifests: sampling with calm_ray compared with a bare `LLM.generate` loop.
 
     python benchmarks/engine_pool.py [--prompts 768] [--turns 3]
 
-The same engine settings, prompts, chunks, seeds and decoding, on one engine each, a Llama of the demo's size with
-random weights. The bare loop keeps what it is given in memory; calm_ray reads questions, extracts answers, and writes
-Parquet and manifest. The two take turns; the median of the ratios counts. Start-up does not.
+Both use one engine with the same settings, prompts, chunks, seeds and decoding: a Llama of the demo's size with random
+weights. The bare loop keeps its input in memory; calm_ray reads questions, extracts answers, and writes Parquet and a
+manifest. The two alternate; the result is the median ratio, without start-up.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def main() -> None:
         with EnginePool(spec, ["en"], print) as pool:
             ratios = [turn(pool, bare, run, number) for number in range(options.turns + 1)][1:]  # the first warms up
     cost = 100 * (median(ratios) - 1)
-    print(f"median of {options.turns}: calm_ray takes {cost:+.1f} % of the bare loop's time")
+    print(f"median of {options.turns}: calm_ray takes {cost:+.1f}% relative to the bare loop")
 
 
 def turn(pool: EnginePool, bare: Any, run: RunDirectory, number: int) -> float:
-    """The seconds of one pass through the pool by those of one through the bare loop."""
+    """Time of one pass through the pool divided by that of one pass through the bare loop."""
     plain = seconds(lambda: ray.get(bare.generate_all.remote()))
     pooled = seconds(lambda: sample(pool, run, Stage(run.storage.under(f"turn-{number}"))))
     print(f"bare {plain:.1f} s, calm_ray {pooled:.1f} s, {pooled / plain:.3f}")
@@ -71,7 +71,7 @@ def turn(pool: EnginePool, bare: Any, run: RunDirectory, number: int) -> float:
 
 def sample(pool: EnginePool, run: RunDirectory, output: Stage) -> None:
     questions = run.questions("align")
-    work = Dispatcher([ChunkTask(questions, output, chunk, "en") for chunk in sorted(questions.chunks())], most_bad=0)
+    work = Dispatcher([ChunkTask(questions, output, chunk, "en") for chunk in sorted(questions.chunks())], max_bad=0)
     for _ in pool.run(Sample(DECODING, seed=0, round_number=1, instruction=False), work):
         pass
     output.finish({})
@@ -79,7 +79,7 @@ def sample(pool: EnginePool, run: RunDirectory, output: Stage) -> None:
 
 def bare_loop() -> type:
     class BareLoop:
-        """An engine that is given the same prompts, chunk by chunk, and does nothing else."""
+        """An engine that only generates, chunk by chunk, from the same prompts."""
 
         def __init__(self, spec: EngineSpec, questions: Stage) -> None:
             set_environment(spec)
@@ -107,9 +107,9 @@ def bare_loop() -> type:
                 )
                 for row in chunk
             ]
-            asked = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-            outputs = self._llm.generate(asked, params, use_tqdm=False)
-            return sum(len(one.token_ids) for output in outputs for one in output.outputs)
+            inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+            outputs = self._llm.generate(inputs, params, use_tqdm=False)
+            return sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
 
     return BareLoop
 

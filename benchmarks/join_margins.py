@@ -1,12 +1,11 @@
-"""Joining the margins of twelve languages: pairs/s from the files of scores to those of pairs, and memory.
+"""Joins the margins of twelve languages: pairs/s from score files to pair files, and peak memory.
 
     python benchmarks/join_margins.py [thousands of pairs, default 100 1000]
 
-The scores are drawn at random: questions of 60 tokens in twelve languages with four letters to choose from, one pair
-each. The peer is a join in plain Python: rows as dictionaries, found by question in a dictionary of each language,
-on 10,000 pairs that are in memory already. calm_ray reads chunks of Parquet and writes the pairs as Parquet, on Ray
-Data with two CPUs. The sizes take turns, three times, the median counts; start-up does not. Some of the target margins
-are recomputed one by one from the files of scores.
+Scores are random: questions of 60 tokens in twelve languages with four choices, one pair each. The baseline is a join
+in plain Python over dictionaries keyed by question and language, on 10,000 pairs. calm_ray reads and writes chunks of
+Parquet on Ray Data with two CPUs. Sizes alternate for three turns; results are medians without start-up. Recomputes a
+sample of the target margins one by one from the score files as a check.
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ from calm_ray.core.rows import Pair, Scored, rows_of, schema, table
 from calm_ray.evaluation.scores import read_scored
 from calm_ray.methods.dco.pair_candidates import PairJob
 from calm_ray.methods.dco.settings import Dco
-from calm_ray.recipes import RECIPES, load_config
+from calm_ray.recipes.files import RECIPES
+from calm_ray.recipes.load import load_config
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 
@@ -58,7 +58,7 @@ class Work:
 
 
 def write_work(folder: Path, pairs: int, questions_per_chunk: int) -> Work:
-    """Scores of at least so many questions, in whole chunks."""
+    """Writes scores of at least `pairs` questions, in full chunks."""
     scored, output = (Stage(Storage(str(folder / name))) for name in ("scored", "pairs"))
     rng = np.random.default_rng(0)
     drawn = rng.integers(ord("a"), ord("z") + 1, (VOCABULARY, 3), dtype=np.uint8)
@@ -73,7 +73,7 @@ def write_work(folder: Path, pairs: int, questions_per_chunk: int) -> Work:
 
 
 def scores_in(language: str, chunk: str, count: int, words: pa.Array, rng: np.random.Generator) -> pa.Table:
-    """`count` rows of `Scored`; their prompts are made of `words`, one for each token."""
+    """`count` rows of `Scored` with random prompts, one word per token."""
     prompts = rng.integers(0, VOCABULARY, count * PROMPT_TOKENS)
     logps = np.log(rng.dirichlet(np.ones(len(LETTERS)), count)).ravel()
     letters = np.tile(np.arange(len(LETTERS)), count)
@@ -94,12 +94,12 @@ def scores_in(language: str, chunk: str, count: int, words: pa.Array, rng: np.ra
 
 
 def _lists(values: pa.Array, count: int) -> pa.ListArray:
-    """Values in `count` lists of the same length."""
+    """Splits values into `count` lists of equal length."""
     return pa.ListArray.from_arrays(pa.array(np.linspace(0, len(values), count + 1), pa.int32()), values)
 
 
 def rate_of(work: Work, pairs: int) -> float:
-    """Pairs/s, a pair being one question's in all languages; what is written stays there until the next turn."""
+    """Pairs/s, counting a question once for all languages. The output remains on disk until the next turn."""
     work.job.pairs.storage.delete("")
     chunks, made = work.of_size(pairs), 0
     started = time.perf_counter()
@@ -108,12 +108,12 @@ def rate_of(work: Work, pairs: int) -> float:
     seconds = time.perf_counter() - started
     asked = len(chunks) * work.questions_per_chunk
     if made != asked * len(LANGUAGES):
-        raise SystemExit(f"{made} rows of pairs, not {asked * len(LANGUAGES)}")
+        raise SystemExit(f"wrote {made} rows of pairs, expected {asked * len(LANGUAGES)}")
     return asked / seconds
 
 
 def plain_rates(work: Work) -> tuple[float, float]:
-    """Pairs/s of plain Python: of the join alone, on rows in memory, and from files to a file as calm_ray has it."""
+    """Pairs/s of plain Python: the join alone on rows in memory, and from files to a file, as calm_ray does it."""
     started = time.perf_counter()
     rows: list[Row] = []
     for chunk in work.of_size(PLAIN_PAIRS):
@@ -128,7 +128,7 @@ def plain_rates(work: Work) -> tuple[float, float]:
 
 
 def plain_join(rows: Sequence[Row]) -> list[Pair]:
-    """One pair of each question in every language, with its target margin: the other languages' margins, added up."""
+    """One pair per question and language. The target margin is the sum of the other languages' margins."""
     by_question: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_question.setdefault(row["question_id"], {})[row["language"]] = row
@@ -162,7 +162,7 @@ def plain_join(rows: Sequence[Row]) -> list[Pair]:
 
 
 def check(work: Work) -> float:
-    """The largest difference, over a random sample of pairs, between a target and the other languages' margins."""
+    """Largest error of the target margins in a random sample of pairs."""
     worst, rng = 0.0, random.Random(1)
     for chunk in rng.sample(sorted(work.job.pairs.chunks()), 2):
         scored = {
@@ -182,7 +182,7 @@ def check(work: Work) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("thousands", type=int, nargs="*", default=[100, 1000], help="of pairs")
+    parser.add_argument("thousands", type=int, nargs="*", default=[100, 1000], help="thousands of pairs")
     parser.add_argument("--questions-per-chunk", type=int, default=4096)
     options = parser.parse_args()
     sizes = [1000 * count for count in options.thousands]
@@ -192,7 +192,7 @@ def main() -> None:
     ):
         work = write_work(Path(folder), max(sizes), options.questions_per_chunk)
         size = sum(file.stat().st_size for file in (Path(folder) / "scored").iterdir())
-        print(f"scores of {len(work.chunks)} chunks in {len(LANGUAGES)} languages: {size / 1e9:.2f} GB", flush=True)
+        print(f"scores: {len(work.chunks)} chunks in {len(LANGUAGES)} languages, {size / 1e9:.2f} GB", flush=True)
         rate_of(work, min(sizes))  # starts the workers
         rates: dict[int, list[float]] = {size: [] for size in sizes}
         for _ in range(TURNS):
@@ -203,16 +203,16 @@ def main() -> None:
                     f"{len(LANGUAGES) * rates[size][-1]:,.0f} rows/s; largest process {largest_process():.2f} GB",
                     flush=True,
                 )
-        off = check(work)
-        if off > 1e-9:
-            raise SystemExit(f"targets are off by up to {off:g} nats")
-        rates_of_plain = [plain_rates(work) for _ in range(TURNS)]  # last, since its rows take memory
-    join, plain = (median(column) for column in zip(*rates_of_plain, strict=True))
-    print(f"plain Python: {plain:,.0f} pairs/s from files to a file, {join:,.0f} pairs/s of rows in memory")
-    rate = {size: median(of_size) for size, of_size in rates.items()}
+        error = check(work)
+        if error > 1e-9:
+            raise SystemExit(f"target margins are off by up to {error:g} nats")
+        plain_turns = [plain_rates(work) for _ in range(TURNS)]  # last, because its rows take memory
+    join, plain = (median(column) for column in zip(*plain_turns, strict=True))
+    print(f"plain Python: {plain:,.0f} pairs/s from files to a file, {join:,.0f} pairs/s in memory")
+    rate = {size: median(turns) for size, turns in rates.items()}
     for size in sizes:
-        print(f"{size} pairs, median: {rate[size]:,.0f} pairs/s, {rate[size] / plain:.1f} x plain Python")
-    print(f"rate at {sizes[-1]} beside {sizes[0]}: {rate[sizes[-1]] / rate[sizes[0]]:.2f}")
+        print(f"{size} pairs, median: {rate[size]:,.0f} pairs/s, {rate[size] / plain:.1f}x plain Python")
+    print(f"rate at {sizes[-1]} relative to {sizes[0]}: {rate[sizes[-1]] / rate[sizes[0]]:.2f}")
 
 
 if __name__ == "__main__":

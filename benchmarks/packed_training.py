@@ -1,11 +1,10 @@
-"""How much faster is packed training than padded? calm_ray's loop beside TRL's DPOTrainer on the same pairs.
+"""How much faster is packed training than padded? Compares calm_ray's loop with TRL's DPOTrainer on the same pairs.
 
     CALM_RAY_DATA=... python benchmarks/packed_training.py
 
-Takes the published X-CSQA pairs (`calm_xcsqa/pairs/DPO_*.json`) for their spread of lengths, a tokenizer trained on
-their texts, and a small Llama with random weights. Both engines get the same pairs, batches of the same size, the same
-adapter and the same precomputed reference, in the same number of Ray Train workers; they take turns, twice. Start-up is
-not counted.
+Uses the published X-CSQA pairs (`calm_xcsqa/pairs/DPO_*.json`) for a realistic distribution of lengths, a tokenizer
+trained on their texts, and a small Llama with random weights. Both engines use the same pairs, batch size, adapter,
+precomputed reference and number of Ray Train workers. They alternate twice; start-up is excluded.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ ENGINES: dict[str, Literal["fsdp", "trl"]] = {"packed": "fsdp", "padded": "trl"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=384, help="drawn from all languages")
+    parser.add_argument("--pairs", type=int, default=384, help="pairs to draw from all languages")
     parser.add_argument("--batch-pairs", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--width", type=int, default=256)
@@ -46,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     texts = read_pairs(options.pairs)
     tokenizer = train_tokenizer([side for row in texts for side in row])
-    os.environ.setdefault("RAY_AUTH_TOKEN", "a" * 64)  # else Ray leaves one in the home folder
+    os.environ.setdefault("RAY_AUTH_TOKEN", "a" * 64)  # otherwise Ray writes one to the home folder
     ray.init(num_cpus=options.workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -93,7 +92,7 @@ def to_pair(number: int, texts: tuple[str, str, str], tokenizer: PreTrainedToken
 
 
 def describe(rows: list[Pair], pairs_per_forward: int) -> None:
-    """How long the sequences are, and how much of a padded batch of random pairs is padding."""
+    """Prints quantiles of sequence lengths and the fraction of padding in padded batches of random pairs."""
     lengths = [
         len(row["prompt_token_ids"]) + len(side)
         for row in rows
@@ -102,17 +101,17 @@ def describe(rows: list[Pair], pairs_per_forward: int) -> None:
     size = 2 * pairs_per_forward
     padded = sum(max(lengths[i : i + size]) * len(lengths[i : i + size]) for i in range(0, len(lengths), size))
     ordered = sorted(lengths)
-    quantiles = [ordered[round(share * (len(ordered) - 1))] for share in (0, 0.5, 0.9, 1)]
-    print(f"{len(rows)} pairs; tokens of a sequence: least, median, 90 %, most = {quantiles}")
+    quantiles = [ordered[round(q * (len(ordered) - 1))] for q in (0, 0.5, 0.9, 1)]
+    print(f"{len(rows)} pairs; tokens per sequence: min, median, 90%, max = {quantiles}")
     print(f"padding in a padded batch: {1 - sum(lengths) / padded:.0%}")
 
 
 def train(
     engine: Literal["fsdp", "trl"], model: Path, pairs: Stage, output: Stage, batch_pairs: int, workers: int
 ) -> float:
-    """Trains one epoch; returns the seconds of its steps."""
+    """Trains one epoch; returns the seconds spent in its steps."""
     settings = Train(
-        engine=engine, learning_rate=1e-5, warmup_share=0.1, epochs=1, batch_pairs=batch_pairs, validation_share=0,
+        engine=engine, learning_rate=1e-5, warmup_ratio=0.1, epochs=1, batch_pairs=batch_pairs, validation_fraction=0,
         dtype="float32", workers=workers, lora=Lora(), max_pair_tokens=512,
     )  # fmt: skip
     job = TrainJob(pairs, output, RunModel(str(model)), Policy(), Policy(), settings, DPO(0.1), 0, 1)

@@ -1,10 +1,10 @@
-"""What going on with a run costs that has nothing left to do: 10,000 chunks, every one compared with its manifest.
+"""Cost of resuming a run with nothing left to do: verifies 10,000 chunks against their manifests.
 
     python benchmarks/resume.py [--chunks 10000] [--rows 192]
 
-Writes a run's folder with that many chunks of completions, half of them in a finished round and half in one that is
-being sampled, then times what `calm-ray align` does before anything else: reading the manifests and hashing every file.
-Beside it stands the obvious alternative in the same run: reading every chunk once.
+Writes a run directory with chunks of completions, half in a finished round and half in a round still being sampled,
+then times what `calm-ray align` does first: reading the manifests and hashing every file. The baseline reads every
+chunk once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from calm_ray.core.rows import Completion, table
-from calm_ray.recipes import load_config
+from calm_ray.recipes.load import load_config
 from calm_ray.run.directory import RunDirectory
 from calm_ray.run.repair import repair
 from calm_ray.run.stage import Stage
@@ -24,7 +24,7 @@ from calm_ray.run.stage import Stage
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=10_000)
-    parser.add_argument("--rows", type=int, default=192, help="completions in a chunk")
+    parser.add_argument("--rows", type=int, default=192, help="completions per chunk")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(folder, "run")
@@ -37,7 +37,7 @@ def main() -> None:
         print(f"{options.chunks} chunks of {options.rows} completions, {size / 1e6:.0f} MB")
         checking = seconds(lambda: repair(run, load_config().graph))
         reading = seconds(lambda: [stage.read() for stage in stages])
-        print(f"checking all: {checking:.1f} s; reading all once: {reading:.1f} s; {reading / checking:.1f} times that")
+        print(f"verifying: {checking:.1f} s; reading once: {reading:.1f} s ({reading / checking:.1f}x as long)")
 
 
 def fill(stage: Stage, chunks: int, rows: int) -> None:

@@ -1,10 +1,10 @@
-"""How fast completions on disk become votes and pairs, beside the published algorithm in plain Python.
+"""Throughput from completions on disk to pairs, compared with the published algorithm in plain Python.
 
-Both make the pairs that were published with CALM from its samples (Llama 3, X-CSQA, six languages), repeated to one and
-to ten million completions: answers read, votes held, winners picked, both sides of every pair written out as text. The
-peer is one process with lists and dictionaries, as the released script is, on records that are in memory already; its
-translations are left out. calm_ray reads chunks of Parquet and hands over the pairs as Arrow tables, on Ray Data. Each
-is measured three times, the median counts; start-up does not.
+Both build the pairs published with CALM from its samples (Llama 3, X-CSQA, six languages), repeated to one and ten
+million completions: extract answers, vote, pick winners, and write out both sides of every pair as text. The baseline,
+like the released script, is one process with lists and dictionaries; it starts from records in memory and does not
+translate. calm_ray reads chunks of Parquet and returns the pairs as Arrow tables, on Ray Data. Results are medians of
+three runs, without start-up.
 
     CALM_RAY_DATA=... python benchmarks/vote_and_pairs.py
 """
@@ -36,7 +36,7 @@ from calm_ray.methods.calm.settings import Preferences
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 
-COPIES_PER_CHUNK, COMPLETIONS_OF_A_COPY = 3, 16_182
+COPIES_PER_CHUNK, COMPLETIONS_PER_COPY = 3, 16_182
 TURNS = 3
 MARKERS = {
     "en": ["Answer:"], "cn": ["答案:", "答案："], "fr": ["Réponse:", "Réponse :"],
@@ -76,7 +76,7 @@ def explanation_of(response: str, language: str) -> str:
 
 
 def plain_pairs(records: Records) -> list[dict[str, str]]:
-    """The published job, one question after the other."""
+    """The published algorithm, one question at a time."""
     pairs = []
     for number in range(len(records["en"])):
         merged = []
@@ -102,7 +102,7 @@ def plain_pairs(records: Records) -> list[dict[str, str]]:
 
 
 def write_chunks(samples: Path, copies: int, folder: Path) -> RecordedChunks:
-    """Chunks in which the samples stand `copies` times, each time under other ids."""
+    """Writes chunks with `copies` copies of the samples, each under different ids."""
     stage = Stage(Storage(str(folder)))
     once = open_completions(
         [str(samples)], Stage(stage.storage.under("once")), questions=None, on_bad_row="refuse", own_codes=True
@@ -122,12 +122,12 @@ def write_chunks(samples: Path, copies: int, folder: Path) -> RecordedChunks:
 
 
 def _renamed(table: pa.Table, copy: int) -> pa.Table:
-    ids = pa.array([f"{copy}-{one}" for one in table["question_id"].to_pylist()])
+    ids = pa.array([f"{copy}-{name}" for name in table["question_id"].to_pylist()])
     return table.set_column(0, "question_id", ids)
 
 
 def largest_process() -> float:
-    """The most memory, in GB, that this process or one it started ever had resident; shared pages are counted too."""
+    """Peak resident memory in GB, shared pages included, of this process and its descendants."""
     me = psutil.Process()
     peaks = []
     for process in [me, *me.children(recursive=True)]:
@@ -137,17 +137,17 @@ def largest_process() -> float:
 
 
 def plain_rate(samples: Path) -> tuple[float, float]:
-    """Completions/s of the plain algorithm on a million completions, and the pairs it makes of each of them."""
+    """(completions/s, pairs per completion) of the plain algorithm on a million completions."""
     records = {code: json.loads((samples / f"x_csqa_{code}_train_sampled.json").read_text("utf-8")) for code in MARKERS}
-    one_copy = sum(len(record["pred"]) for of_language in records.values() for record in of_language)
+    one_copy = sum(len(record["pred"]) for responses in records.values() for record in responses)
     copies = round(1e6 / one_copy)
     started = time.perf_counter()
-    pairs = len(plain_pairs({code: of_language * copies for code, of_language in records.items()}))
+    pairs = len(plain_pairs({code: responses * copies for code, responses in records.items()}))
     return copies * one_copy / (time.perf_counter() - started), pairs / (copies * one_copy)
 
 
 def calm_rate(chunks: RecordedChunks) -> tuple[float, Counter[str]]:
-    """Completions/s of calm_ray, from the files to the last pair in this process; and what it made."""
+    """(completions/s, counts) of calm_ray, from the files to the last pair in this process."""
     started = time.perf_counter()
     total: Counter[str] = Counter()
     for table, counts in pairs_of_chunks(RecordedJob(chunks, Preferences(preset="released"), 0)):
@@ -157,33 +157,33 @@ def calm_rate(chunks: RecordedChunks) -> tuple[float, Counter[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("millions", type=float, nargs="*", default=[1.0, 10.0], help="of completions")
+    parser.add_argument("millions", type=float, nargs="*", default=[1.0, 10.0], help="millions of completions")
     millions = parser.parse_args().millions
     samples = Path(os.environ["CALM_RAY_DATA"]) / "calm_xcsqa" / "samples"
     runs = [plain_rate(samples) for _ in range(TURNS)]
-    plain, pairs_of_one = median(rate for rate, _ in runs), runs[0][1]
+    plain, pairs_per_completion = median(rate for rate, _ in runs), runs[0][1]
     print(f"plain Python: {plain:,.0f} completions/s", flush=True)
     rates = []
     with (
         cluster(Needs([Group("data task", 1, {"CPU": 1.0})]), local_cpus=os.cpu_count() or 1),
         tempfile.TemporaryDirectory() as folder,
     ):
-        chunks = write_chunks(samples, math.ceil(max(millions) * 1e6 / COMPLETIONS_OF_A_COPY), Path(folder))
+        chunks = write_chunks(samples, math.ceil(max(millions) * 1e6 / COMPLETIONS_PER_COPY), Path(folder))
         for size in millions:
-            count = math.ceil(size * 1e6 / COMPLETIONS_OF_A_COPY / COPIES_PER_CHUNK)
+            count = math.ceil(size * 1e6 / COMPLETIONS_PER_COPY / COPIES_PER_CHUNK)
             some = replace(chunks, chunks=dict(islice(chunks.chunks.items(), count)))
             calm_rate(some)  # starts the workers
             turns = [calm_rate(some) for _ in range(TURNS)]
             rate, total = median(rate for rate, _ in turns), turns[0][1]
-            if abs(total["pairs"] - pairs_of_one * total["completions"]) > 0.5:
-                raise SystemExit(f"not the same pairs: {total}")
+            if abs(total["pairs"] - pairs_per_completion * total["completions"]) > 0.5:
+                raise SystemExit(f"unexpected number of pairs: {total}")
             rates.append(rate)
             print(
                 f"calm_ray, {total['completions']} completions, {total['pairs']} pairs: {rate:,.0f} completions/s, "
-                f"{rate / plain:.2f} x; largest process {largest_process():.2f} GB",
+                f"{rate / plain:.2f}x; largest process {largest_process():.2f} GB",
                 flush=True,
             )
-    print(f"rate at {millions[-1]:g} M beside {millions[0]:g} M: {rates[-1] / rates[0]:.2f}")
+    print(f"rate at {millions[-1]:g} M relative to {millions[0]:g} M: {rates[-1] / rates[0]:.2f}")
 
 
 if __name__ == "__main__":

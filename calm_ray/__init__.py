@@ -1,3 +1,3 @@
-"""calm_ray: a language model learns, without labels, to agree with its better self across languages."""
+"""calm_ray: cross-lingual alignment of language models without labels."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`calm-ray …`: parses first, imports what is heavy only when something runs."""
+"""The `calm-ray` command. Heavy imports happen inside the commands, so that `--help` and errors are instant."""
 
 from __future__ import annotations
 
@@ -6,150 +6,161 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from calm_ray.core.exit_codes import exit_code_of
-from calm_ray.recipes import DEMO_RECIPE, is_override, load_config, load_preferences, recipe_and_overrides
+from calm_ray.core.exit_codes import run_command
+from calm_ray.recipes.load import load_config, load_preferences
+from calm_ray.recipes.merge import is_override, split_words
 
 ALIGN_HELP = """\
-Runs rounds of self-alignment. Without a recipe it is the demo, which needs no model and no data.
+Runs rounds of self-alignment. Without a recipe it runs the demo, which needs no model and no data.
 
   calm-ray align
-  calm-ray align jobs/recipes/NAME.yaml train.learning_rate=5e-6 rounds=3
+  calm-ray align demo rounds=3 train.learning_rate=5e-6
+  calm-ray align my-recipe.yaml
+  calm-ray align dco/base dco/mmmlu dco/joint dco/aya name=my-run
+  calm-ray align 'dco/tables:table1[aya,dco]'
 
-The same command goes on with a run that was interrupted, with more rounds if `rounds` was raised.
-Exit codes: 0 done, 1 failed, 2 bad input, 3 the cluster cannot hold the run, 130 interrupted."""
+A recipe is a path, a name that `calm-ray recipes` lists, or a row of a table. Several are merged left to right, then
+KEY=VALUE is applied. The same command resumes an interrupted run, and adds rounds if `rounds` was raised.
+Exit codes: 0 done, 1 failed, 2 bad input, 3 the run does not fit on the cluster, 130 interrupted."""
 
 
 PLAN_HELP = """\
-Says what a run will take before money is spent on it: engines and workers and where they go, memory of GPUs and hosts,
-disk, tokens, and an estimate of the time, with what it assumes. Imports no engine and starts nothing.
+Shows what a run needs before any money is spent: where engines and workers go, GPU and host memory, disk, tokens, and
+an estimate of the time with its assumptions. Starts nothing.
 
-  calm-ray plan jobs/recipes/llama3_8b.yaml --nodes 2 --gpus-per-node 8 --gpu-memory 80
-  calm-ray plan jobs/recipes/llama3_8b.yaml --cluster cluster.yaml train.workers=4
+  calm-ray plan llama3_8b --nodes 2 --gpus-per-node 8 --gpu-memory 80
+  calm-ray plan llama3_8b --cluster cluster.yaml train.workers=4
 
-A layout that cannot fit is refused (exit code 3) with what is short and what would fit; so it is when a run starts."""
+A layout that does not fit is refused (exit code 3) with what is missing and what would fit, as when a run starts."""
 
 
 PAIRS_HELP = """\
-Votes and makes preference pairs from completions that lie on disk, of any model, without an engine.
+Votes on completions on disk, from any model, and writes preference pairs. No engine is needed.
 
   calm-ray pairs --completions 'samples/x_csqa_*_train_sampled.json' --preset released --out pairs
   calm-ray pairs --completions ~/calm_ray/runs/demo/rounds/1/sample --out pairs
 
-PATH is a file, a folder or a pattern: JSON as in the CALM repository (a file for each language; records with
-instruction, input, output and pred), the folder rounds/R/sample of a run, or Parquet files with question_id, language,
-sample and text, whose questions --questions names.
+PATH is a file, a folder or a pattern: JSON as in the CALM repository (one file per language; records with instruction,
+input, output and pred), the folder rounds/R/sample of a run, or Parquet files with question_id, language, sample and
+text, with their questions in --questions.
 
 The preset `released` makes the pairs that the paper's authors published; `strict` follows calm_ray's own rules.
-A chosen side that was written in another language has its answer in the pair's language; its explanation stays in the
-language that `chosen_language` names."""
+If a chosen side was written in another language, its answer is translated into the pair's language; its explanation
+stays in the language that `chosen_language` names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code (see `calm_ray.core.exit_codes`)."""
+    """Runs a command and returns its exit code (see `calm_ray.core.exit_codes`)."""
     options = _parsed(arguments)
     is_run = options.command is _align
-    return exit_code_of(lambda: options.command(options), goes_on=is_run, overwrites=is_run and options.overwrite)
+    return run_command(lambda: options.command(options), resumable=is_run, overwrites=is_run and options.overwrite)
 
 
 def entry() -> None:
-    """The command `calm-ray`."""
+    """The entry point of `calm-ray`."""
     sys.exit(main())
 
 
-def align_job(recipe: Path = DEMO_RECIPE) -> None:
-    """What `jobs/calm.py` and its like run: `calm-ray align` with the job's arguments, by default with this recipe."""
+def align_job(default: str = "demo") -> None:
+    """Runs `calm-ray align` with the job's arguments; `default` is the recipe if they name none."""
     words = sys.argv[1:]
-    named = any(not is_override(word) and not word.startswith("-") for word in words)
-    sys.exit(main(["align", *([] if named else [str(recipe)]), *words]))
+    is_named = any(not is_override(word) and not word.startswith("-") for word in words)
+    sys.exit(main(["align", *([] if is_named else [default]), *words]))
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of a command; overrides may stand on both sides of an option, which argparse does not know."""
+    """Parses options; unlike argparse, allows recipes and overrides on both sides of an option."""
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
-    if more and (not hasattr(options, "recipe") or any(word.startswith("-") for word in more)):
+    if more and (not hasattr(options, "words") or any(word.startswith("-") for word in more)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:
-        options.recipe += more
+        options.words += more
     return options
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("calm-ray", description="A language model learns to agree with its better self.")
+    parser = argparse.ArgumentParser(
+        "calm-ray", description="Trains a language model, without labels, to agree with itself."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     raw = argparse.RawDescriptionHelpFormatter
 
     align = commands.add_parser(
         "align", help="run rounds of self-alignment", description=ALIGN_HELP, formatter_class=raw
     )
+    _add_words(align)
+    align.add_argument("--dry-run", action="store_true", help="print the resolved configuration and exit")
+    align.add_argument("--overwrite", action="store_true", help="delete an existing run of the same name first")
     align.add_argument(
-        "recipe", nargs="*", help="a recipe (YAML) and overrides: section.key=value", metavar="RECIPE|KEY=VALUE"
-    )
-    align.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    align.add_argument("--overwrite", action="store_true", help="delete a run of the same name first")
-    align.add_argument(
-        "--redo", action="store_true", help="where the configuration has changed, do again what depends on it"
+        "--redo", action="store_true", help="if the configuration has changed, recompute what depends on it"
     )
     align.set_defaults(command=_align)
 
     _add_plan(commands)
 
-    show = commands.add_parser("show", help="print a question of a run, its completions, the vote and a pair")
+    recipes = commands.add_parser("recipes", help="list the recipes that come with calm_ray, or print one")
+    recipes.add_argument("name", nargs="?", help="print this recipe")
+    recipes.set_defaults(command=_recipes)
+
+    keys = commands.add_parser("keys", help="print every key of a recipe with its values, default and meaning")
+    keys.set_defaults(command=_keys)
+
+    show = commands.add_parser("show", help="print one question of a run with its completions, votes and pairs")
     show.add_argument("run", help="the run's folder or URI")
     show.add_argument("--round", type=int, default=1, help="default: 1")
-    show.add_argument("--question", help="a question_id; default: the first one with a pair")
+    show.add_argument("--question", help="a question_id; default: the first with a pair")
     _add_plugins(show)
     show.set_defaults(command=_show)
 
-    evaluate = commands.add_parser("evaluate", help="ask a run's policy the questions of a file")
+    evaluate = commands.add_parser("evaluate", help="evaluate a run's policy on its held-out questions or on a file")
     evaluate.add_argument("run", help="the run's folder or URI")
     evaluate.add_argument(
-        "--questions", help="jsonl or parquet with gold answers; default: the run's held-out questions"
+        "--questions", help="JSONL or Parquet with gold answers; default: the run's held-out questions"
     )
-    evaluate.add_argument("--round", type=int, help="whose policy; 0 is the base model; default: the last one")
+    evaluate.add_argument("--round", type=int, help="round of the policy; 0 is the base model; default: the last")
     _add_plugins(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
-    questions = commands.add_parser("questions", help="read questions, check them, and say what they hold")
+    questions = commands.add_parser("questions", help="read and check questions, and summarize them")
     questions.add_argument("source", help="a file, folder or pattern, or hub:owner/name[:config[:split]]")
-    questions.add_argument("--format", help="default: recognised by the fields")
-    questions.add_argument("--language", help="of files that do not say it")
-    questions.add_argument("--rows", type=int, default=10, help="how many rows to show; default and most: 10")
+    questions.add_argument("--format", help="default: detected from the fields")
+    questions.add_argument("--language", help="language of files that do not state it")
+    questions.add_argument("--rows", type=int, default=10, help="rows to show; default and maximum: 10")
     questions.add_argument("--json", action="store_true", help="print the summary as JSON")
     _add_on_bad_row(questions)
     questions.set_defaults(command=_questions)
 
     pairs = commands.add_parser(
-        "pairs", help="vote and make pairs from completions on disk", description=PAIRS_HELP, formatter_class=raw
+        "pairs", help="vote on completions on disk and write pairs", description=PAIRS_HELP, formatter_class=raw
     )
     pairs.add_argument("--completions", required=True, nargs="+", metavar="PATH", help="see above")
-    pairs.add_argument("--out", required=True, help="a folder for pairs.parquet and stats.json")
+    pairs.add_argument("--out", required=True, help="output folder for pairs.parquet and stats.json")
     _add_vote_options(pairs)
     pairs.set_defaults(command=_pairs)
 
-    stats = commands.add_parser("stats", help="who votes, wins and is right, in a run or in completions on disk")
+    stats = commands.add_parser("stats", help="print vote statistics of a run or of completions on disk")
     stats.add_argument("source", nargs="+", metavar="RUN|PATH", help="a run, or completions as for `calm-ray pairs`")
-    stats.add_argument("--round", type=int, default=1, help="of a run; default: 1")
+    stats.add_argument("--round", type=int, default=1, help="round of the run; default: 1")
     stats.add_argument("--json", action="store_true", help="print JSON")
     _add_vote_options(stats)
     stats.set_defaults(command=_stats)
 
-    optimal = commands.add_parser("optimal", help="show the policy that DCO's reference leads to, in closed form")
+    optimal = commands.add_parser("optimal", help="print DCO's optimal policy, in closed form")
     optimal.add_argument("run", help="the run's folder or URI")
-    optimal.add_argument("--round", type=int, help="whose reference and policy; default: the last one")
+    optimal.add_argument("--round", type=int, help="round of the reference and policy; default: the last")
     optimal.add_argument("--json", action="store_true", help="print JSON")
     _add_plugins(optimal)
     optimal.set_defaults(command=_optimal)
 
-    export = commands.add_parser("export", help="write a run's policy as a whole model, the adapter merged in")
+    export = commands.add_parser("export", help="write a run's policy as a standalone model, with the adapter merged")
     export.add_argument("run", help="the run's folder or URI")
-    export.add_argument("target", help="a folder to make")
-    export.add_argument("--round", type=int, help="default: the last one")
+    export.add_argument("target", help="output folder")
+    export.add_argument("--round", type=int, help="default: the last")
     export.set_defaults(command=_export)
     return parser
 
@@ -157,32 +168,42 @@ def _parser() -> argparse.ArgumentParser:
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
-        help="say what a run will take, and where it goes, without starting anything",
+        help="show what a run needs and where it goes, without starting anything",
         description=PLAN_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    plan.add_argument("recipe", nargs="*", help="as for `calm-ray align`", metavar="RECIPE|KEY=VALUE")
-    plan.add_argument("--cluster", metavar="FILE", help="a file of Ray's cluster launcher: cluster.yaml")
-    plan.add_argument("--nodes", type=int, help="how many machines, all alike; default: 1")
-    plan.add_argument("--gpus-per-node", type=int, help="default: 8, on CPUs 0")
-    plan.add_argument("--gpu-memory", type=float, metavar="GB", help="of each GPU; default: that of --gpu, or 80")
-    plan.add_argument("--gpu", help="A100-40, A100-80, H100 or H200; default: by its memory")
+    _add_words(plan)
+    plan.add_argument("--cluster", metavar="FILE", help="a file of Ray's cluster launcher, such as cluster.yaml")
+    plan.add_argument("--nodes", type=int, help="number of identical nodes; default: 1")
+    plan.add_argument("--gpus-per-node", type=int, help="default: 8, or 0 with device: cpu")
+    plan.add_argument("--gpu-memory", type=float, metavar="GB", help="memory per GPU; default: that of --gpu, else 80")
+    plan.add_argument("--gpu", help="A100-40, A100-80, H100 or H200; default: chosen by memory")
     plan.add_argument("--cpus-per-node", type=float)
-    plan.add_argument("--host-memory", type=float, metavar="GB", help="of each machine")
-    plan.add_argument("--model-config", metavar="FILE", help="the config.json of a model that is not here")
+    plan.add_argument("--host-memory", type=float, metavar="GB", help="memory of each node")
+    plan.add_argument("--model-config", metavar="FILE", help="config.json of a model that is not on this machine")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(command=_plan)
 
 
+def _add_words(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words", nargs="*", help="recipes, merged left to right, and overrides: section.key=value",
+        metavar="RECIPE|KEY=VALUE",
+    )  # fmt: skip
+
+
 def _add_plugins(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--plugins", nargs="+", default=[], metavar="PACKAGE", help="packages whose code a run's own method may run"
+        "--plugins", nargs="+", default=[], metavar="PACKAGE", help="plug-in packages that may run, if the run uses one"
     )
 
 
 def _add_on_bad_row(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--on-bad-row", choices=["refuse", "skip"], default="refuse", help="stop at bad rows, or leave them out; refuse"
+        "--on-bad-row",
+        choices=["refuse", "skip"],
+        default="refuse",
+        help="stop at bad rows (default), or skip them",
     )
 
 
@@ -191,18 +212,18 @@ def _add_vote_options(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=["strict", "released"],
         default="strict",
-        help="whose rules; default: strict, calm_ray's own",
+        help="rules for voting; default: strict",
     )
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="single keys of a recipe's section `preferences`"
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of a recipe's section `preferences`"
     )
-    parser.add_argument("--questions", help="of completions in Parquet that do not lie in their run")
+    parser.add_argument("--questions", help="questions of Parquet completions outside a run")
     parser.add_argument("--seed", type=int, default=0)
     _add_on_bad_row(parser)
 
 
 def _align(options: argparse.Namespace) -> None:
-    config = load_config(*recipe_and_overrides(options.recipe))
+    config = load_config(*split_words(options.words))
     if options.dry_run:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
         return
@@ -218,10 +239,8 @@ def _align(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from calm_ray.commands.plan import show_plan
 
-    recipe, overrides = recipe_and_overrides(options.recipe)
     show_plan(
-        recipe,
-        overrides,
+        *split_words(options.words),
         cluster=options.cluster,
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
@@ -234,6 +253,21 @@ def _plan(options: argparse.Namespace) -> None:
     )
 
 
+def _recipes(options: argparse.Namespace) -> None:
+    from calm_ray.commands.recipes import list_recipes, print_recipe
+
+    if options.name is None:
+        list_recipes()
+    else:
+        print_recipe(options.name)
+
+
+def _keys(options: argparse.Namespace) -> None:
+    from calm_ray.commands.keys import keys_as_markdown
+
+    print(keys_as_markdown(), end="")
+
+
 def _show(options: argparse.Namespace) -> None:
     from calm_ray.commands.show import show
 
@@ -241,9 +275,9 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from calm_ray.commands.evaluate import evaluate_again
+    from calm_ray.commands.evaluate import evaluate_policy
 
-    evaluate_again(options.run, options.questions, options.round, options.plugins)
+    evaluate_policy(options.run, options.questions, options.round, options.plugins)
 
 
 def _questions(options: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
-"""The typed configuration of a run: what a recipe may say.
+"""The typed configuration of a run.
 
-A recipe is a YAML file with the keys of `RunSettings` and `Config`, and a section for each method's own settings;
-`section.key=value` overrides a key of it. Unknown keys and wrong types are refused with the nearest known name.
+A recipe is a YAML file with the keys of `RunSettings` and `Config`, plus a section per method; `section.key=value`
+overrides one key. Unknown keys are rejected with the nearest known name, wrong types with the expected one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from calm_ray.core.sections import Section
 from calm_ray.core.settings import RunSettings
 from calm_ray.methods import METHODS
 from calm_ray.methods.base import Evaluation, Method, Step
-from calm_ray.methods.plugins import identity_of, method_named
+from calm_ray.methods.plugins import load_method, package_fingerprint
 from calm_ray.run.invalidation import Graph
 
 if TYPE_CHECKING:
@@ -28,47 +28,47 @@ DEFAULT_METHOD = "calm"
 
 
 class Config(RunSettings):
-    """One run. Made by `parse_config`, which adds the sections of the methods."""
+    """Configuration of one run. Use `parse_config`, which adds the sections of the methods."""
 
     of_method: ClassVar[Method[Any]]
 
     method: str = DEFAULT_METHOD
-    """CALM: DPO on the pairs of a vote; `sft`, its baseline: supervised training on their chosen side. DCO: margins
-    between candidates, fitted to those of the other languages. `dpo_gold` and `sft_gold`, the only methods that train
-    with gold answers: the same as CALM and SFT, on those pairs alone whose chosen side is right (CALM, Table 2); or,
-    with `candidates`, on the right candidate and another one (DCO, section 6.1). Or a method of your own, as
-    `package.module:NAME`."""
+    """`calm`: DPO on pairs from a vote across languages. `sft`: its baseline, supervised training on the chosen side.
+    `dco`: fits margins between candidates to those of the other languages. `dpo_gold` and `sft_gold` are `calm` and
+    `sft` restricted to pairs whose chosen answer is correct (CALM, Table 2) or, with `candidates`, trained on the
+    correct candidate and another one (DCO, section 6.1); no other built-in method trains on gold answers.
+    `package.module:NAME` selects a custom method."""
     plugins: list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]] = []
-    """Packages whose code a recipe may run, for a method of your own."""
+    """Packages whose code the recipe may run, for custom methods."""
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_by_method(cls, raw: Any) -> Any:
+    def _apply_method_defaults(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        if isinstance(raw.get("plugins"), dict):  # as a run's config.json has them, each with its identity
+        if isinstance(raw.get("plugins"), dict):  # from a run's config.json, with an identity per package
             raw = {**raw, "plugins": list(raw["plugins"])}
-        return _below(cls.of_method.defaults(raw), raw)
+        return _over_defaults(cls.of_method.defaults(raw), raw)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_credentials(cls, raw: Any) -> Any:
-        """First of all, so that no message about another field repeats one."""
+    def _reject_credentials(cls, raw: Any) -> Any:
+        """Runs first, so that no other error message can repeat a secret."""
         refuse_secrets(raw)
         return raw
 
     @model_validator(mode="after")
-    def _fits_its_method(self) -> Config:
+    def _check_method(self) -> Config:
         self.of_method.check(self, self.own)
         if self.train.engine == "trl" and self.objective.for_trl() is None:
-            raise ValueError(f"train.engine: trl trains on pairs; use fsdp for method: {self.method}")
+            raise ValueError(f"train.engine: trl does not support method: {self.method}; use fsdp")
         for package in self.plugins:
-            identity_of(package)
+            package_fingerprint(package)
         return self
 
     @property
     def own(self) -> Any:
-        """The section of the run's own method."""
+        """The section of the run's method."""
         return getattr(self, self.of_method.section)
 
     @property
@@ -78,48 +78,48 @@ class Config(RunSettings):
 
     @property
     def evaluation(self) -> Evaluation:
-        """What each policy is asked."""
+        """The steps that evaluate each policy."""
         return self.of_method.evaluation(self, self.own)
 
     @property
     def objective(self) -> Objective:
-        """What training minimises."""
+        """The training objective."""
         return self.of_method.objective(self, self.own)
 
     @property
     def training(self) -> Train:
-        """The step that trains."""
+        """The training step."""
         from calm_ray.methods.shared.train import Train
 
         return Train(self, self.objective, self.steps[-1])
 
     @property
     def graph(self) -> Graph:
-        """All steps of a round, in their order."""
+        """All steps of a round and their dependencies."""
         return Graph((*self.steps, self.training), self.evaluation, self.of_method.section)
 
     @property
     def needs_gold(self) -> bool:
-        """Whether the questions trained on must have gold answers."""
+        """Whether the training questions need gold answers."""
         return self.of_method.needs_gold(self.own)
 
     @property
     def writes(self) -> bool:
-        """Whether the engines write completions at all, to sample or to answer held-out questions."""
+        """Whether any step generates completions, for training or evaluation."""
         return any(step.writes for step in (*self.steps, *self.evaluation))
 
     @property
-    def remark(self) -> str | None:
-        """What a person should know when the run starts."""
-        return self.of_method.remark(self, self.own)
+    def notice(self) -> str | None:
+        """A notice to print when the run starts."""
+        return self.of_method.notice(self, self.own)
 
     def as_record(self) -> dict[str, Any]:
-        """What a run's config.json holds: every key, and what code its plug-ins are."""
-        return {**self.model_dump(mode="json"), "plugins": {name: identity_of(name) for name in self.plugins}}
+        """Contents of a run's config.json: every key, and the identity of each plugin's code."""
+        return {**self.model_dump(mode="json"), "plugins": {name: package_fingerprint(name) for name in self.plugins}}
 
 
-def _below(defaults: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe over the defaults of its method, section by section; a section may be left empty."""
+def _over_defaults(defaults: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges a recipe over its method's defaults, section by section; a section may be empty."""
     merged = dict(raw)
     for name, section in defaults.items():
         given = raw.get(name)
@@ -129,15 +129,15 @@ def _below(defaults: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any
 
 
 def parse_config(raw: Any, allowed: Sequence[str] | None = None) -> Config:
-    """The configuration that keys and values make. Raises ValueError, of which pydantic's ValidationError is one.
+    """Validates a recipe's keys and values. Raises ValueError, including pydantic's ValidationError.
 
-    `allowed` are the packages whose code may run; None for those that `plugins` names, as in a recipe.
+    `allowed` lists the packages whose code may run; None means those in the recipe's `plugins`.
     """
     return config_class(raw, allowed).model_validate(raw)
 
 
 def config_class(raw: Any, allowed: Sequence[str] | None = None) -> type[Config]:
-    """The configurations of the method that is named. Raises ValueError for one that is not known or not allowed."""
+    """The Config class of a recipe's method. Raises ValueError for an unknown or disallowed method."""
     named: Mapping[str, Any] = raw if isinstance(raw, Mapping) else {}
     if allowed is None:
         plugins = named.get("plugins")
@@ -147,11 +147,11 @@ def config_class(raw: Any, allowed: Sequence[str] | None = None) -> type[Config]
 
 @lru_cache
 def _class_of(name: str, allowed: Sequence[str]) -> type[Config]:
-    """With the sections of all methods that belong to calm_ray, since a recipe may serve several, and its own."""
-    own = method_named(name, allowed)
+    """Config with the sections of all built-in methods, as a recipe may serve several, and of the method itself."""
+    own = load_method(name, allowed)
     settings: dict[str, type[Section]] = {each.section: each.settings for each in METHODS.values()}
     if settings.setdefault(own.section, own.settings) is not own.settings or own.section in Config.model_fields:
-        raise ValueError(f"method: {name} calls its section {own.section}, which is the name of another one")
+        raise ValueError(f"method: {name} names its section {own.section}, which is already taken")
     sections: dict[str, Any] = {
         section: (kind, ... if any(field.is_required() for field in kind.model_fields.values()) else kind())
         for section, kind in settings.items()

@@ -1,4 +1,4 @@
-"""Opens one run or several, and drives them to their end: locks, checks, cluster, engines, repair, rounds."""
+"""Drives one or more runs from start to finish: locks, checks, cluster, repair, engines, rounds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from calm_ray.job.changes import changes_of
 from calm_ray.job.cluster_check import check_layout
 from calm_ray.job.engines import engine_spec
 from calm_ray.job.ingest import take_questions
-from calm_ray.job.initial_policy import check_start
+from calm_ray.job.initial_policy import check_init_from
 from calm_ray.job.job import Job
-from calm_ray.job.preflight import Inputs, demands_of, prepare
+from calm_ray.job.preflight import Inputs, prepare, requirements_of
 from calm_ray.planning.needs import needs_of
 from calm_ray.rounds import run_rounds
 from calm_ray.run.directory import RunDirectory
@@ -34,30 +34,30 @@ from calm_ray.training.preflight import check_training
 
 @dataclass(frozen=True)
 class Launch:
-    """A run to drive, and how."""
+    """A run to execute, with its options."""
 
     config: Config
     overwrite: bool = False
     redo: bool = False
-    starts_later: bool = False
-    """Whether it starts from the last policy of a run that is launched before it."""
+    starts_from_another: bool = False
+    """Whether it starts from the last policy of another run in the same launch."""
 
     @cached_property
     def run(self) -> RunDirectory:
         return RunDirectory(self.config.storage, self.config.name)
 
     def changes(self) -> Changes | None:
-        """What the configuration means for the run that is there; None where there is none, or it is to go."""
+        """What differs from the existing run; None for a new or overwritten run."""
         return None if self.overwrite else changes_of(self.run, self.config)
 
     @property
     def keeps_model(self) -> bool:
-        """Whether the model, and the policy that it starts from, are there and stay."""
+        """Whether the existing run keeps its model and its initial policy."""
         changes = self.changes()
         return changes is not None and not changes.starts_over and self.run.model is not None
 
     def is_whole(self) -> bool:
-        """Whether the run has all that its configuration asks for, as it was written."""
+        """Whether the run is complete and every file matches its manifest."""
         if not self.run.is_complete(self.config.rounds, self.changes()):
             return False
         repair(self.run, self.config.graph)
@@ -65,15 +65,14 @@ class Launch:
 
 
 Share = Callable[[Launch], None]
-"""Takes from other runs what this one has in common with them."""
+"""Copies what a run has in common with other runs."""
 
 
 def align(config: Config, *, overwrite: bool = False, redo: bool = False) -> RunDirectory:
-    """Runs a configuration from where it stands to its end; returns the run directory.
+    """Starts or resumes a run and completes it; returns the run directory.
 
-    A run that is finished is compared with its manifests, and left as it is where nothing is missing. Raises
-    InputError for bad input, before any engine starts, and for a run that differs in what was done already, unless
-    that is to be done again (`redo`).
+    Leaves a finished run unchanged if every file matches its manifest. Raises InputError, before any engine starts,
+    for bad input and for changes to finished stages, unless `redo` is set.
     """
     (run,) = launch([Launch(config, overwrite, redo)])
     return run
@@ -86,10 +85,10 @@ def launch(
     share_questions: Share = lambda launch: None,
     share_start: Share = lambda launch: None,
 ) -> list[RunDirectory]:
-    """Runs what is not finished, one after the other, on one cluster and the same engines.
+    """Executes the unfinished runs one after the other, on one cluster with the same engines.
 
-    All of them have one storage, model, questions, languages and engines. `check` raises InputError for what else must
-    not be; `share_questions` and `share_start` come before a run takes its questions, and before its rounds.
+    They must have the same storage, model, questions, languages and engines. `check` may raise InputError for other
+    conflicts. `share_questions` is called before a run prepares its questions, `share_start` before its rounds.
     """
     with ExitStack() as locks:
         for each in launches:
@@ -100,13 +99,13 @@ def launch(
         todo = [each for each in launches if not each.is_whole()]
         check()
         if todo:
-            for remark in dict.fromkeys(each.config.remark for each in todo):
-                if remark:
-                    say(remark)
+            for notice in dict.fromkeys(each.config.notice for each in todo):
+                if notice:
+                    say(notice)
             known = next((each.run.model for each in launches if each.keeps_model), None)
             _drive(todo, known, share_questions, share_start)
         else:
-            say("it is finished: raise rounds to go on, or add --overwrite to delete it and start again")
+            say("already finished: raise rounds to continue, or pass --overwrite to delete the run and start over")
     return [each.run for each in launches]
 
 
@@ -120,7 +119,7 @@ def _drive(todo: Sequence[Launch], known: RunModel | None, share_questions: Shar
             locks.enter_context(locked_in_cluster(each.run.uri))
         for each in todo:
             config = each.config
-            least = needs_of(config, training=config.rounds > 0, workers=config.train.least_workers)
+            least = needs_of(config, training=config.rounds > 0, workers=config.train.min_workers)
             check_resources(least)
             check_layout(config, inputs.folder)
         for each in todo:
@@ -130,7 +129,7 @@ def _drive(todo: Sequence[Launch], known: RunModel | None, share_questions: Shar
         model = first.run.model
         assert model is not None
         with EnginePool(engine_spec(first.config, model), first.config.languages, say) as engines:
-            check_storage(first.run.storage)  # again, for nodes that came with the engines
+            check_storage(first.run.storage)  # again, for nodes that the engines added
             for each in todo:
                 if len(todo) > 1:
                     say(f"run: {each.run.uri}")
@@ -138,32 +137,32 @@ def _drive(todo: Sequence[Launch], known: RunModel | None, share_questions: Shar
 
 
 def _prepare(todo: Sequence[Launch], known: RunModel | None) -> Inputs:
-    """The questions, those with gold answers if one run needs them, and the model; checked for every run."""
-    # Reading takes minutes where there are many questions: runs that ask the same of them are read for once.
-    by_demands = {demands_of(each.config): each.config for each in todo}
+    """Loads the questions, with gold answers if any run needs them, and the model; checks them for every run."""
+    # Reading many questions takes minutes, so runs with the same demands share one pass.
+    by_demands = {requirements_of(each.config): each.config for each in todo}
     *_, inputs = [prepare(by_demands[demands], known) for demands in sorted(by_demands)]
     for each in todo:
         check_training(inputs.folder, each.config.train)
-        if not each.starts_later:
-            check_start(each.config, each.run, known or inputs.model, overwrite=not each.keeps_model)
+        if not each.starts_from_another:
+            check_init_from(each.config, each.run, known or inputs.model, overwrite=not each.keeps_model)
     return inputs
 
 
 def _begin(launch: Launch, inputs: Inputs) -> None:
-    """Makes or resumes the run's directory, and repairs what it holds."""
+    """Creates or resumes the run directory and repairs it."""
     config, run = launch.config, launch.run
     for line in run.begin(config.as_record(), provenance(), launch.changes(), overwrite=launch.overwrite):
         say(line)
     repair(run, config.graph)
-    run.share_model(inputs.model, inputs.folder)
+    run.record_model(inputs.model, inputs.folder)
 
 
 def _run(launch: Launch, inputs: Inputs, engines: EnginePool, share_questions: Share, share_start: Share) -> None:
-    """What is left of one run."""
+    """Executes the rest of one run."""
     config, run, model = launch.config, launch.run, launch.run.model
     assert model is not None
-    if launch.starts_later:
-        check_start(config, run, model)
+    if launch.starts_from_another:
+        check_init_from(config, run, model)
     share_questions(launch)
     take_questions(config, run, model, engines, inputs)
     job = Job(config, run, model, engines)

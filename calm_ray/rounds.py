@@ -1,4 +1,4 @@
-"""The method on one screen: sample, prefer, train, refresh, evaluate, and again from the new policy."""
+"""The method on one screen: sample, prefer, train, refresh, evaluate; repeat with the new policy."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from calm_ray.run.stage import Stage
 
 
 def run_rounds(job: Job) -> None:
-    """The rounds of a run, from where they stand: what is finished is read, not done again."""
+    """Runs all rounds. A resumed run reads finished stages instead of recomputing them."""
     policy = job.initial_policy()
     evaluate(job, job.round(0, policy, policy), dict(job.questions))
     for number in range(1, job.config.rounds + 1):
-        round, made = job.round(number, start=policy), dict(job.questions)
+        round, stages = job.round(number, start=policy), dict(job.questions)
         for step in job.config.steps:  # CALM: sample, vote and pair. DCO: score candidates, pair them
-            made[step.name] = step.run(round, [made[name] for name in step.reads])
-        policy = train(job, round, examples=made[job.config.steps[-1].name])
-        job.engines.refresh(policy)  # the engines, still running, take the new policy
-        evaluate(job, job.round(number, round.start, policy), made)
+            stages[step.name] = step.run(round, [stages[name] for name in step.reads])
+        policy = train(job, round, examples=stages[job.config.steps[-1].name])
+        job.engines.refresh(policy)  # swaps the weights without restarting the engines
+        evaluate(job, job.round(number, round.start, policy), stages)
 
 
 def train(job: Job, round: Round, examples: Stage) -> Policy:
-    """TRAIN: the examples become the round's policy, by the method's objective."""
+    """TRAIN: fits the round's policy to the examples with the method's objective."""
     job.config.training.run(round, [examples])
     return job.run.policy(round.number)
 
 
-def evaluate(job: Job, round: Round, made: dict[str, Stage]) -> None:
-    """EVALUATE: what the round's policy answers to held-out questions, beside all earlier policies."""
+def evaluate(job: Job, round: Round, stages: dict[str, Stage]) -> None:
+    """EVALUATE: the round's policy on held-out questions, compared with all earlier policies."""
     for step in job.config.evaluation:
         if round.number >= step.first_round:
-            made[step.name] = step.run(round, [made[name] for name in step.reads])
-    job.summarise()
+            stages[step.name] = step.run(round, [stages[name] for name in step.reads])
+    job.summarize()

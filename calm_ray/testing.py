@@ -1,4 +1,4 @@
-"""What tests of users and of calm_ray itself need: a deterministic generator, a small tokenizer, a small model."""
+"""Test helpers for calm_ray and its users: a deterministic generator, a small tokenizer, a small model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from calm_ray.engines.generator import Decoding, Generated, Likelihoods
 class ScriptedGenerator:
     """A `Generator` that answers by rules instead of a model.
 
-    `reply` takes a prompt's text and a sample's number. `logp` takes a prompt's text and a candidate's, and gives the
-    candidate's log-probability in nats; without it, each token has minus one.
+    `reply` takes a prompt's text and the sample's index. `logp` takes the texts of a prompt and a candidate and returns
+    the candidate's log-probability in nats; by default, each token has -1.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class ScriptedGenerator:
         self._logp = logp
 
     def generate(self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]) -> list[list[Generated]]:
-        return [self._one(prompt, decoding) for prompt in prompts]
+        return [self._generate_one(prompt, decoding) for prompt in prompts]
 
-    def _one(self, prompt: list[int], decoding: Decoding) -> list[Generated]:
-        asked = str(self.tokenizer.decode(prompt))
-        texts = [self._reply(asked, number) for number in range(decoding.samples)]
+    def _generate_one(self, prompt: list[int], decoding: Decoding) -> list[Generated]:
+        prompt_text = str(self.tokenizer.decode(prompt))
+        texts = [self._reply(prompt_text, number) for number in range(decoding.samples)]
         eos = self.tokenizer.eos_token_id
         sides = [[*self.tokenizer.encode(text), eos] for text in texts]
         logps = [self._score(prompt, side) for side in sides]
@@ -59,7 +59,7 @@ class ScriptedGenerator:
 
 
 def word_tokenizer(words: Iterable[str], chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words between spaces; words it does not know become `<unk>`."""
+    """A whitespace tokenizer over `words`; unknown words become `<unk>`."""
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<eos>", "<unk>", *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -78,7 +78,7 @@ def write_tiny_model(
     key_value_heads: int = 1,
     tied: bool = False,
 ) -> Path:
-    """Writes a Llama with random weights and the tokenizer, as a Hugging Face folder."""
+    """Writes a randomly initialized Llama and the tokenizer as a Hugging Face folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

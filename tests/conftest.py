@@ -1,4 +1,4 @@
-"""What tests need of the machine: the folder of real data, GPUs."""
+"""Machine-dependent test setup: GPUs and the folder of real data."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 
 pytest_plugins = ["small_runs"]
 
-# In the background of a shell, tests inherit that Ctrl-C is ignored, and so would the jobs that they start.
+# Background shells ignore SIGINT, and the jobs that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """`@pytest.mark.gpu(n)`: skipped where there are fewer GPUs."""
+    """Skips tests marked `@pytest.mark.gpu(n)` on machines with fewer than n GPUs."""
     for marker in item.iter_markers("gpu"):
         (needed,) = marker.args
         if torch.cuda.device_count() < needed:
-            pytest.skip(f"needs {needed} GPU(s), there are {torch.cuda.device_count()}")
+            pytest.skip(f"needs {needed} GPU(s), found {torch.cuda.device_count()}")
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The folder of real data, for tests that need it."""
+    """The folder of real data; tests that use it are skipped without it."""
     default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("CALM_RAY_DATA", default))
     if not folder.is_dir():
-        pytest.skip(f"real data: set CALM_RAY_DATA to its folder ({folder} is not there)")
+        pytest.skip(f"real data: {folder} not found; set CALM_RAY_DATA")
     return folder

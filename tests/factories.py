@@ -1,4 +1,4 @@
-"""Small rows for tests."""
+"""Small rows, stages and models for tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pyarrow as pa
 import pytest
 
 from calm_ray.core.rows import Completion, Pair, Question, Scored, table
-from calm_ray.questions.reader import take_in
+from calm_ray.questions.reader import load_questions
+from calm_ray.recipes.files import RECIPES
+from calm_ray.recipes.tables import tables_of
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
@@ -30,8 +32,14 @@ def question(question_id: str = "q1", language: str = "en", choices: int = 4, go
     )
 
 
-def read_questions(source: str, languages: Sequence[str], **how: Any) -> list[Question]:
-    return take_in(source, languages, **how).questions
+def table_rows(paper: str) -> list[str]:
+    """All rows of a paper's tables, as named on the command line."""
+    tables = tables_of(RECIPES / paper / "tables.yaml").values()
+    return [f"{paper}/tables:{row}" for table in tables for row in table.rows()]
+
+
+def read_questions(source: str, languages: Sequence[str], **options: Any) -> list[Question]:
+    return load_questions(source, languages, **options).questions
 
 
 def completion(
@@ -59,7 +67,7 @@ def completion(
 
 
 def completions(answers: dict[str, str], question_id: str = "q1") -> list[Completion]:
-    """One completion for each letter of each language's string; `-` is unreadable: {"en": "AAB", "fr": "B-B"}."""
+    """One completion per letter of each language's string, such as {"en": "AAB", "fr": "B-B"}; `-` is unparseable."""
     return [
         completion(None if letter == "-" else letter, language, sample, question_id=question_id)
         for language, letters in answers.items()
@@ -68,7 +76,7 @@ def completions(answers: dict[str, str], question_id: str = "q1") -> list[Comple
 
 
 def token_pair(number: int, rng: random.Random) -> Pair:
-    """A pair of random tokens 3 to 89, each side ended by token 1."""
+    """A pair of random tokens from 3 to 89; each side ends with token 1."""
 
     def tokens(low: int, high: int) -> list[int]:
         return [rng.randrange(3, 90) for _ in range(rng.randint(low, high))]
@@ -82,13 +90,13 @@ def token_pair(number: int, rng: random.Random) -> Pair:
 
 
 def tree(prompt: list[int], *branches: list[int], number: int = 0, question_id: str = "q") -> Tree:
-    """A prompt and what follows it; two branches are compared."""
+    """A prompt and its branches; two branches form a comparison."""
     comparisons = (Comparison(0, 1),) if len(branches) == 2 else ()
     return Tree(question_id, "en", number, prompt, tuple(Branch(tokens) for tokens in branches), comparisons)
 
 
 def pairs_stage(folder: Path, count: int = 48) -> Stage:
-    """A stage that holds `count` pairs of random tokens."""
+    """A stage with `count` pairs of random tokens."""
     stage = Stage(Storage(str(folder)))
     rng = random.Random(0)
     stage.write("00000", table(Pair, [token_pair(number, rng) for number in range(count)]))
@@ -96,7 +104,7 @@ def pairs_stage(folder: Path, count: int = 48) -> Stage:
 
 
 def tiny_model(folder: Path, **shape: Any) -> Path:
-    """A model of random weights that knows the tokens of `token_pair`."""
+    """A model with random weights whose vocabulary covers the tokens of `token_pair`."""
     return write_tiny_model(folder, word_tokenizer([f"w{i}" for i in range(90)]), **shape)
 
 
@@ -110,14 +118,15 @@ def scored(
     right: int | None = None,
     prompt_logp: float | None = None,
 ) -> Scored:
-    """A question's candidates, letters where nothing else is said; a token is a byte."""
+    """A question's scored candidates, letters by default; each byte is a token."""
     texts = list(choices or "ABCDEFGHIJ"[: len(logps)])
-    asked = f"{language} {question_id}:" if prompt is None else prompt
+    if prompt is None:
+        prompt = f"{language} {question_id}:"
     return Scored(
         question_id=question_id,
         language=language,
-        prompt=asked,
-        prompt_token_ids=list(asked.encode()),
+        prompt=prompt,
+        prompt_token_ids=list(prompt.encode()),
         choices=texts,
         texts=texts,
         token_ids=[list(text.encode()) for text in texts],
@@ -131,7 +140,7 @@ def scored(
 def scored_tables(
     logps: Mapping[str, Sequence[Sequence[float]]], right: Sequence[int | None] | None = None
 ) -> dict[str, pa.Table]:
-    """The scored candidates of questions q0, q1, ... in each language; `right` the index of each one's right one."""
+    """Scored candidates of questions q0, q1, ... in each language; `right` holds the indices of the correct ones."""
     return {
         code: table(
             Scored,
@@ -142,8 +151,8 @@ def scored_tables(
 
 
 def golden_metrics(data: Path) -> dict[str, list[Any]]:
-    """The cases of golden_metrics.json beside the folder of real data, by the name of their group."""
+    """Cases of golden_metrics.json, next to the folder of real data, by group name."""
     file = data.parent / "reference" / "golden_metrics.json"
     if not file.is_file():
-        pytest.skip(f"golden values: {file} is not there")
+        pytest.skip(f"golden values: {file} not found")
     return {group["name"]: group["cases"] for group in json.loads(file.read_text("utf-8"))["groups"]}

@@ -1,6 +1,6 @@
-"""Fixtures, for the most part of tests/cluster and tests/chaos: real Ray on this machine, small real models.
+"""Fixtures, mostly for tests/cluster and tests/chaos: real Ray on this machine, small real models.
 
-Whatever is heavy is imported where it is used: tests/unit loads this too.
+tests/unit loads this module too, so heavy imports stay inside the fixtures.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from calm_ray.run.policies import Policy, publish
 
 LANGUAGES = ["en", "fr"]
 MOMENTS = int(os.environ.get("MOMENTS", "1"))
-"""At how many moments, drawn by seed, something is killed (tests/chaos)."""
+"""How many seeded random moments to inject each fault at (tests/chaos)."""
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Models and policies are kept in a folder of the tests' own, by all their processes."""
+    """A separate cache of models and policies, shared by all processes of the test session."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("CALM_RAY_CACHE", str(folder))
@@ -35,7 +35,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that answers in the right form, and mostly wrong: a demo model that went to school for seconds."""
+    """A demo model pretrained for seconds: its answers are well-formed but mostly wrong."""
     from calm_ray.demo.pretraining import pretrain
 
     folder = tmp_path_factory.mktemp("babbler")
@@ -45,7 +45,7 @@ def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def question_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Questions of a demo world as a user's own files: 24 to align on, 12 held out, in two languages."""
+    """Demo world questions as user files: 24 to align on and 12 held out, in two languages."""
     folder = tmp_path_factory.mktemp("questions")
     files = []
     for name, rows, count in zip(("align", "evaluate"), world_questions(build_world(100)), (24, 12), strict=True):
@@ -60,7 +60,7 @@ def question_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
 def make_recipe(
     babbler: Path, question_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Writes a recipe for a run of one small round; takes the keys that differ."""
+    """Writes a recipe for a run of one small round; keyword arguments override its keys."""
 
     def make(**changes: Any) -> Path:
         align, evaluate = (str(file) for file in question_files)
@@ -72,7 +72,7 @@ def make_recipe(
             "sampling": {"max_new_tokens": 40, "instruction": False, "prompts_per_chunk": 8},
             "engines": {
                 "shared": 1, "cpus": 0.5, "dtype": "float32", "refresh": "merged",
-                # Less than a chunk's prompts take together, so that they must be prefilled in turns.
+                # Too few tokens for all prompts of a chunk, so they are prefilled in several steps.
                 "args": {"max_num_seqs": 64, "max_num_batched_tokens": 256},
             },
             "train": {
@@ -90,20 +90,20 @@ def make_recipe(
 
 @pytest.fixture(scope="session")
 def ray_8_cpus(cache: Path) -> Iterator[None]:
-    """More logical CPUs than the machine may have, so that nothing waits for another test's actors."""
+    """Ray with more logical CPUs than the machine may have, so that tests do not wait for each other's actors."""
     import ray
 
-    os.environ.setdefault("RAY_AUTH_TOKEN", "a" * 64)  # else Ray leaves one in the user's home
+    os.environ.setdefault("RAY_AUTH_TOKEN", "a" * 64)  # otherwise Ray writes a token to the user's home
     paths = [str(Path(__file__).parent / "chaos"), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for engines that load its logits processor
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # engines load a logits processor from tests/chaos
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
 
 
-def make_adapter(model: Path, folder: Path, storage_of: RunDirectory, round_number: int, lora: Lora) -> Policy:
-    """An adapter with weights large enough to change what the model says."""
+def make_adapter(model: Path, folder: Path, run: RunDirectory, round_number: int, lora: Lora) -> Policy:
+    """Publishes an adapter with weights large enough to change the model's output."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -118,4 +118,4 @@ def make_adapter(model: Path, folder: Path, storage_of: RunDirectory, round_numb
                 parameter.normal_(std=0.1)
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
-    return publish(folder, storage_of.storage, f"policies/{round_number}", round_number, "adapter")
+    return publish(folder, run.storage, f"policies/{round_number}", round_number, "adapter")

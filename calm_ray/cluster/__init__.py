@@ -1,1 +1,1 @@
-"""The Ray cluster of a run: connection, nodes, resources, one driver a run; Ray Data over chunks."""
+"""The Ray cluster of a run: connection, nodes, resources, the run lock, and Ray Data over chunks."""

@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: joins one or starts one, checks that a run can ever fit, and says what it waits for."""
+"""Joins or starts the Ray cluster of a run, and checks that the run fits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from calm_ray.cluster.nodes import kinds_of_cluster
 from calm_ray.cluster.resources import ENGINE_SLOT, TRAIN_SLOT, Needs, Resources, shortage
 from calm_ray.core.console import say
 from calm_ray.core.errors import InputError, ResourceError
-from calm_ray.core.exit_codes import end_on_sigterm
+from calm_ray.core.exit_codes import interrupt_on_sigterm
 from calm_ray.run.storage import Storage
 
 WAIT_SECONDS = 30
@@ -28,20 +28,20 @@ TOKEN = "RAY_AUTH_TOKEN"
 
 @contextmanager
 def cluster(needs: Needs, *, least: Needs | None = None, local_cpus: int = 0) -> Iterator[None]:
-    """Joins the cluster this process belongs to, or starts a local Ray and shuts it down.
+    """Joins the cluster this process belongs to, or starts a local Ray and shuts it down afterwards.
 
-    A local one is sized for the needs, and has `local_cpus` logical CPUs at least. Raises ResourceError where one that
-    is joined can never hold the needs, or the `least` of them.
+    A local one is sized for `needs`, with at least `local_cpus` logical CPUs. Raises ResourceError if the cluster can
+    never hold `least` (default: `needs`).
 
-    A cluster is joined where Ray would join one: RAY_ADDRESS, a submitted job, or `ray start` on this machine.
+    Joins whatever Ray would join: RAY_ADDRESS, a submitted job, or `ray start` on this machine.
     """
     if ray.is_initialized():
         check_resources(least or needs)
         yield
         return
-    _keep_quiet()
+    _silence_ray()
     joined = _start_or_join(max(local_cpus, math.ceil(needs.total["CPU"])), needs.count("worker"))
-    end_on_sigterm()
+    interrupt_on_sigterm()
     try:
         check_resources(least or needs)
         say(_describe(joined))
@@ -51,59 +51,59 @@ def cluster(needs: Needs, *, least: Needs | None = None, local_cpus: int = 0) ->
 
 
 def _start_or_join(cpus: int, train_slots: int) -> bool:
-    """Starts a local Ray, or joins the cluster that is there; returns whether it joined."""
+    """Starts a local Ray or joins an existing cluster; returns whether it joined."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    # Ray protects a local cluster with a token and would leave it in the user's home, where it locks every cluster
-    # that is started later. This one is for this run's processes alone.
+    # Ray protects a local cluster with a token that it would save in the user's home directory, where it would also
+    # apply to every cluster started later. This token is only for this run's processes.
     has_own_token = TOKEN not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ
     if has_own_token:
         os.environ[TOKEN] = secrets.token_hex(32)
     try:
         ray.init(num_cpus=cpus, resources={TRAIN_SLOT: train_slots} if train_slots else None, **options)
         return False
-    except ValueError:  # a cluster is there already, and has its own size and token
+    except ValueError:  # an existing cluster has its own size and token
         if has_own_token:
             del os.environ[TOKEN]
         ray.init(**options)
         return True
 
 
-def _keep_quiet() -> None:
-    """Leaves the terminal to the run's own progress; Ray's logs are in its session folder."""
+def _silence_ray() -> None:
+    """Keeps Ray's messages out of the run's progress; its logs are in its session folder."""
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def check_resources(needs: Needs) -> None:
-    """Raises ResourceError where the cluster, grown as far as it may, can never hold what the run needs."""
-    most = most_resources()
+    """Raises ResourceError if the cluster cannot hold what the run needs, even at its maximum size."""
+    most = max_resources()
     if problem := shortage(needs, {name: most.get(name, 0.0) for name in needs.total}, kinds_of_nodes()):
         raise ResourceError(f"engines and train.workers: {problem}")
-    for what, place, key in (("worker", TRAIN_SLOT, "train.workers"), ("engine", ENGINE_SLOT, "engines")):
-        places, count = most.get(place, 0.0), needs.count(what)
-        if 0 < places < count:
+    for what, slot, key in (("worker", TRAIN_SLOT, "train.workers"), ("engine", ENGINE_SLOT, "engines")):
+        slots, count = most.get(slot, 0.0), needs.count(what)
+        if 0 < slots < count:
             raise ResourceError(
-                f"{key}: {count} {what}s need a place each, and the cluster has {places:g} ({place}); ask for fewer, "
-                f"or start more nodes with `ray start --resources '{{\"{place}\": N}}'`"
+                f"{key}: {count} {what}s need a slot each, but the cluster has only {slots:g} ({slot}); use fewer, "
+                f"or start more nodes with `ray start --resources '{{\"{slot}\": N}}'`"
             )
 
 
-def most_resources() -> Resources:
-    """All that the cluster has, or may grow to have."""
+def max_resources() -> Resources:
+    """The cluster's resources at its maximum size."""
     present, limits = ray.cluster_resources(), ray_state.get_max_resources_from_cluster_config() or {}
     return {name: max(present.get(name, 0.0), float(limits.get(name, 0.0))) for name in {*present, *limits}}
 
 
 def kinds_of_nodes() -> list[Resources]:
-    """What the nodes that are there have, and those that may be started."""
+    """Resources of the nodes that are alive, and of those the cluster may start."""
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]] + [
         kind.resources for kind in kinds_of_cluster()
     ]
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """For actors that live and die with the driver's machine."""
+    """For actors that live and die with the driver's node."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
@@ -113,7 +113,7 @@ def free_resources() -> str:
 
 
 def check_storage(storage: Storage) -> None:
-    """Raises InputError unless every node of the cluster sees the files that the driver writes."""
+    """Raises InputError unless every node sees the files that the driver writes."""
     storage.write("probe/file", b"calm_ray")
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 
@@ -127,8 +127,8 @@ def check_storage(storage: Storage) -> None:
     blind = [node[:8] for node, ok in zip(nodes, seen, strict=True) if not ok]
     if blind:
         raise InputError(
-            f"storage: {storage.uri()} is not seen by {len(blind)} of {len(nodes)} nodes ({', '.join(blind)}); "
-            "use a folder that is mounted on all of them, or a URI such as s3://bucket/runs"
+            f"storage: {storage.uri()} is not visible on {len(blind)} of {len(nodes)} nodes ({', '.join(blind)}); "
+            "use a folder mounted on all of them, or a URI such as s3://bucket/runs"
         )
 
 

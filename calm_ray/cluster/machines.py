@@ -1,6 +1,6 @@
-"""Machines as a plan sees them: what a GPU can do, and what a node holds.
+"""Hardware as the planner sees it: GPUs and nodes.
 
-GB are 10^9 bytes here as in data sheets; a GPU of "80 GB" has a few per cent more, which the plan does not count on.
+GB are 10^9 bytes, as in data sheets; a GPU of "80 GB" has a few percent more, which the planner does not rely on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ GB, GIB = 10**9, 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, by its data sheet."""
+    """A GPU, according to its data sheet."""
 
     name: str
     memory: int
@@ -23,10 +23,10 @@ class Device:
     flops: float
     """Peak FLOP/s in bfloat16 on dense matrices."""
     bandwidth: float
-    """Of its memory, bytes/s."""
+    """Memory bandwidth in bytes/s."""
 
 
-# NVIDIA's data sheets of the SXM modules: A100 (nvidia-a100-datasheet-us-nvidia-1758950: 312 TFLOPS; 1,555 and 2,039
+# NVIDIA's data sheets for the SXM modules: A100 (nvidia-a100-datasheet-us-nvidia-1758950: 312 TFLOPS; 1,555 and 2,039
 # GB/s), H100 (989 TFLOPS dense, half of the 1,979 with sparsity; 3.35 TB/s), H200 (the same; 141 GB, 4.8 TB/s).
 DEVICES = {
     device.name: device
@@ -41,43 +41,43 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Node:
-    """A machine as Ray sees it."""
+    """A node as Ray sees it."""
 
     name: str
     cpus: float
     gpus: int = 0
     gpu_memory: int | None = None
-    """Bytes of each GPU; None where it is not known, and then not checked."""
+    """Bytes per GPU; None if unknown, in which case it is not checked."""
     memory: int | None = None
-    """Bytes of the host; None where it is not known, and then not checked."""
+    """Bytes of host memory; None if unknown, in which case it is not checked."""
     gpu: str | None = None
-    """A name of `DEVICES`."""
+    """A key of `DEVICES`."""
     train_slots: int | None = None
-    """Training workers that may go there; None where no node of the cluster says so (`TRAIN_SLOT`)."""
+    """Training workers it accepts; None if no node of the cluster declares slots (`TRAIN_SLOT`)."""
     engine_slots: int | None = None
-    """The same for engines (`ENGINE_SLOT`)."""
+    """Engines it accepts; None if no node of the cluster declares slots (`ENGINE_SLOT`)."""
 
     @property
     def device(self) -> Device:
-        """The GPU, by its name or guessed from its memory: an A100 where nothing speaks against it."""
+        """The GPU by name, or guessed from its memory: an A100 up to 96 GB or if unknown, else an H200."""
         if self.gpu is not None:
             return DEVICES[self.gpu]
         memory = 80 * GB if self.gpu_memory is None else self.gpu_memory
         return DEVICES["A100-40" if memory <= 48 * GB else "A100-80" if memory <= 96 * GB else "H200"]
 
 
-MOST_NODES = 4096
-"""More machines than this are taken for a slip of the pen."""
+MAX_NODES = 4096
+"""Larger node counts are taken for a typo."""
 
 
 def slots_in(resources: Mapping[str, float]) -> dict[str, int | None]:
-    """How many workers and engines a machine says it takes, as `Node` has them."""
+    """The slots for workers and engines that a node declares, as fields of `Node`."""
     names = {"train_slots": TRAIN_SLOT, "engine_slots": ENGINE_SLOT}
     return {field: int(resources[name]) if name in resources else None for field, name in names.items()}
 
 
 def with_slots(kinds: Sequence[Node]) -> list[Node]:
-    """Where any kind of machine says how many workers or engines it takes, those that do not say it take none."""
+    """If any kind of node declares slots for workers (or engines), kinds that declare none get 0 of them."""
     train, engine = any(kind.train_slots for kind in kinds), any(kind.engine_slots for kind in kinds)
     return [
         replace(

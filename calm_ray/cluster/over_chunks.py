@@ -1,4 +1,4 @@
-"""Ray Data over a run's chunks: one task takes one chunk, so nothing is shuffled and no task sees more than a chunk."""
+"""Ray Data over a run's chunks. Each task handles one chunk, so nothing is shuffled and no task holds more."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import ray.data
 from calm_ray.cluster.resources import DATA_CPUS
 
 Count = Callable[[str], Counter[str]]
-"""Takes a chunk's name; returns what is counted in it."""
+"""Takes a chunk's name and returns its counts."""
 
 
 def over_chunks(task: Count, chunks: Sequence[str]) -> Iterator[Counter[str]]:
-    """The task's counts of each chunk, as they are finished."""
+    """Runs the task on every chunk; yields each chunk's counts as it finishes."""
 
     def in_task(row: dict[str, Any]) -> dict[str, Any]:
         return {"counts": json.dumps(task(str(row["chunk"])))}
@@ -27,8 +27,8 @@ def over_chunks(task: Count, chunks: Sequence[str]) -> Iterator[Counter[str]]:
             yield Counter(json.loads(row["counts"]))
 
 
-def count_over(count: Count, chunks: Sequence[str]) -> Counter[str]:
-    """The sum of what is counted in each chunk."""
+def sum_over_chunks(count: Count, chunks: Sequence[str]) -> Counter[str]:
+    """Sums the counts of all chunks."""
     total: Counter[str] = Counter()
     for counts in over_chunks(count, chunks):
         total.update(counts)

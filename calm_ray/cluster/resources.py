@@ -1,4 +1,4 @@
-"""What a run asks of a cluster in Ray's own terms: how many engines and workers, with how many CPUs and GPUs each."""
+"""Resources that a run needs, in Ray's terms: engines and workers, with CPUs and GPUs for each."""
 
 from __future__ import annotations
 
@@ -7,33 +7,30 @@ from dataclasses import dataclass
 from typing import Literal
 
 DATA_CPUS = 0.5
-"""Logical CPUs of one Ray Data task."""
-
+"""Logical CPUs per Ray Data task."""
 
 TRAIN_SLOT = "calm_ray_train"
-"""The resource of Ray's that stands for a place to train: nodes that only engines use have none."""
-
+"""Custom Ray resource: a slot for one training worker. Nodes reserved for engines have none."""
 
 ENGINE_SLOT = "calm_ray_engine"
-"""The resource that stands for a place for an engine, where any node has it: engines then leave other nodes alone."""
-
+"""Custom Ray resource: a slot for one engine. If any node has it, engines run only on nodes that do."""
 
 Resources = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Some of what a run starts, all of them alike."""
+    """A number of identical processes that a run starts."""
 
     what: Literal["engine", "worker", "data task"]
     count: int
     takes: Resources
-    """Each of them, on one node."""
+    """Resources of each, all on one node."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run asks of a cluster, all at the same time."""
+    """Everything that a run needs at the same time."""
 
     parts: list[Group]
 
@@ -47,7 +44,7 @@ class Needs:
 
 
 def shortage(needs: Needs, most: Resources, nodes: Sequence[Resources]) -> str | None:
-    """Why a cluster that may grow to `most`, out of nodes of these kinds, cannot hold a run; None if it can."""
+    """Why a cluster of these nodes, with at most `most` in total, cannot hold a run; None if it can."""
     short = {name: amount for name, amount in needs.total.items() if amount > most[name]}
     if short:
         wants = ", ".join(
@@ -55,13 +52,13 @@ def shortage(needs: Needs, most: Resources, nodes: Sequence[Resources]) -> str |
         )
         return (
             f"this run needs {wants}. Lower engines.per_language, engines.shared, engines.cpus, train.workers or "
-            "train.cpus_per_worker, use a larger cluster, or set device=cpu where there are no GPUs."
+            "train.cpus_per_worker, use a larger cluster, or set device=cpu if there are no GPUs."
         )
     for part in needs.parts:
         if not any(all(node.get(name, 0.0) >= amount for name, amount in part.takes.items()) for node in nodes):
             wants = " and ".join(f"{amount:g} {name}" for name, amount in part.takes.items() if amount)
             return (
-                f"an engine or a worker needs {wants} on one node, and no node has that. "
+                f"an engine or a worker needs {wants} on one node, but no node has that much. "
                 "Lower engines.tensor_parallel_size, engines.cpus or train.cpus_per_worker."
             )
     return None

@@ -1,7 +1,7 @@
-"""One driver for each run within a cluster, whatever the storage: an actor that is named after the run.
+"""Allows one driver per run within a cluster, whatever the storage: the lock is an actor named after the run.
 
-Ray lets one actor have a name. This one is not detached: it belongs to its driver and ends with it, however that
-dies, so no lock is ever left whose owner is gone. Its name is free within seconds then, which is waited for.
+Actor names are unique in Ray. The actor is not detached: it ends with its driver, however that dies, and so no lock
+outlives its owner. The name is free again within seconds, which `_acquire` waits for.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from calm_ray.run.lock_owner import InUseError
 
 NAMESPACE = "calm_ray"
 PATIENCE_SECONDS = 3.0
-"""How long the name of a driver that has died may still be taken."""
+"""How long the name may stay taken after a driver has died."""
 
 
 class Holder:
-    """Has a run's name for as long as its driver lives; does nothing."""
+    """Holds a run's name as long as its driver lives; does nothing else."""
 
 
 @contextmanager
 def locked_in_cluster(uri: str) -> Iterator[None]:
-    """Keeps the run at this URI to this driver until the block is left, among all drivers of the Ray cluster.
+    """Locks the run at this URI against all other drivers of the Ray cluster while the block runs.
 
-    Raises InUseError where another driver works on it.
+    Raises InUseError if another driver holds the lock.
     """
     name = f"run-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
     holder = _acquire(name, uri)
@@ -42,7 +42,7 @@ def locked_in_cluster(uri: str) -> Iterator[None]:
         yield
     finally:
         if ray.is_initialized():
-            with suppress(RayError):  # the cluster may be what has failed
+            with suppress(RayError):  # the cluster itself may have failed
                 ray.kill(holder)
 
 
@@ -52,12 +52,12 @@ def _acquire(name: str, uri: str) -> ActorHandle[Any]:
     other = "another driver"
     while time.monotonic() < deadline:
         ours = ours or _create(name)
-        found = _named(name)
-        # Two that create at once both find the name free: who has it is who is found under it.
+        found = _find(name)
+        # Two drivers may both find the name free; the owner is the one whose actor is registered under it.
         if ours is not None and found == ours:
-            return ours  # not `found`: Ray ends an actor with the handle that it was made with
+            return ours  # not `found`: the actor ends when its original handle is dropped
         if found is not None:
-            ours, other = None, _driver_of(found)
+            ours, other = None, _describe_driver(found)
         time.sleep(0.1)
     raise InUseError(
         f"{uri}: in use in this cluster by {other}. "
@@ -66,10 +66,10 @@ def _acquire(name: str, uri: str) -> ActorHandle[Any]:
 
 
 def _create(name: str) -> ActorHandle[Any] | None:
-    """An actor of that name; None where there is one already."""
+    """Creates an actor of that name; None if it is taken."""
     options: dict[str, Any] = {
         "name": name, "namespace": NAMESPACE, "lifetime": "non_detached", "num_cpus": 0,
-        # With the driver, which no other node's end concerns; and again, should its process be killed.
+        # On the driver's node, so that no other node's loss releases the lock; restarted if its process is killed.
         "scheduling_strategy": on_this_node(), "max_restarts": -1,
     }  # fmt: skip
     try:
@@ -78,15 +78,15 @@ def _create(name: str) -> ActorHandle[Any] | None:
         return None
 
 
-def _named(name: str) -> ActorHandle[Any] | None:
+def _find(name: str) -> ActorHandle[Any] | None:
     try:
         return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
         return None
 
 
-def _driver_of(holder: ActorHandle[Any]) -> str:
-    """Who made the actor, from Ray's table of jobs: the actor itself may still be starting."""
+def _describe_driver(holder: ActorHandle[Any]) -> str:
+    """Describes the actor's driver, from Ray's job table because the actor itself may still be starting."""
     number = holder._actor_id.job_id.hex()
     for job in ray_state.job_table():
         if job["JobID"] == number:

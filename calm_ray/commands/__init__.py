@@ -1,1 +1,1 @@
-"""What the commands of calm-ray do, one file a command."""
+"""The commands of calm-ray, one file each."""

@@ -1,4 +1,4 @@
-"""`calm-ray evaluate`: any policy of a run on any file of questions."""
+"""`calm-ray evaluate`: evaluates any policy of a run on any question file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from calm_ray.job.job import Job
 from calm_ray.job.open_run import OpenedRun, open_run
 from calm_ray.job.prompt_limits import candidate_check, check_lengths
 from calm_ray.planning.needs import needs_of
-from calm_ray.questions.reader import take_in, write_chunks
+from calm_ray.questions.reader import load_questions, write_chunks
 from calm_ray.run.lock import locked
 from calm_ray.run.stage import Stage
 
 
-def evaluate_again(location: str, questions: str | None, round_number: int | None, plugins: Sequence[str] = ()) -> None:
-    """Asks a run's policy (default: its last) a file's questions (default: the run's held-out ones); prints a table.
+def evaluate_policy(
+    location: str, questions: str | None, round_number: int | None, plugins: Sequence[str] = ()
+) -> None:
+    """Asks a run's policy (default: the last) a file's questions (default: the held-out ones) and prints a table.
 
-    The answers stay in the run's folder `evaluations`.
+    Keeps the answers in the run's `evaluations` folder.
     """
     opened = open_run(location, plugins)
     config, run = opened.config, opened.run
@@ -44,20 +46,20 @@ def evaluate_again(location: str, questions: str | None, round_number: int | Non
 
 
 def _questions(opened: OpenedRun, source: str | None, *, is_written: bool) -> tuple[Stage, str]:
-    """The questions to ask, in chunks, and what they are called."""
+    """The questions to ask, in chunks, and their label."""
     config, run, model = opened.config, opened.run, opened.model()
     if source is None:
         asked = run.questions("held_out")
         if not asked.chunks():
-            raise InputError(f"{run.uri} has no held-out questions; name a file of them with --questions")
+            raise InputError(f"{run.uri} has no held-out questions; pass a file with --questions")
         return asked, "held-out"
-    places, folder = config.questions, model.local_folder(weights=False)
-    rows = take_in(
+    sources, folder = config.questions, model.local_folder(weights=False)
+    rows = load_questions(
         source,
-        config.asked_languages,
+        config.evaluation_languages,
         needs_gold=True,
-        on_bad_row=places.on_bad_row,
-        language=places.language,
+        on_bad_row=sources.on_bad_row,
+        language=sources.language,
         check=candidate_check(folder, config),
     ).questions
     if is_written:

@@ -1,4 +1,4 @@
-"""`calm-ray export`: a run's policy as a whole model."""
+"""`calm-ray export`: writes a run's policy as a full model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from calm_ray.run.model_files import model_files, require_safetensors
 
 
 def export_policy(run: str, target: str, round_number: int | None) -> None:
-    """Writes the policy of a run's round (default: its last) as a whole model into a new folder."""
+    """Writes the policy of a round (default: the last) as a full model into a new folder."""
     folder = local_path(target, "export")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: is there already; name a folder to make")
+        raise InputError(f"{folder}: already exists; name a new folder")
     opened = open_run(run)
     policy, model = opened.policy(round_number), opened.model()
     if policy.kind == "adapter":
@@ -30,7 +30,7 @@ def export_policy(run: str, target: str, round_number: int | None) -> None:
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copies a model, and neither code nor pickles that lie beside it. Raises InputError for one that is not sound."""
+    """Copies a model without any code or pickles next to it. Raises InputError for an unsound model."""
     require_safetensors(source)
     target.mkdir(parents=True, exist_ok=True)
     for file in model_files(source):

@@ -1,4 +1,4 @@
-"""`calm-ray optimal`: the policy that DCO's reference leads to in closed form, beside what training made of it."""
+"""`calm-ray optimal`: compares a trained policy with the closed-form optimal policy of its DCO reference."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from calm_ray.core.errors import InputError
 from calm_ray.evaluation.tables import OPTIMAL, PARTS, percent, plain_table
 from calm_ray.job.open_run import OpenedRun, open_run
 from calm_ray.methods.dco.gamma import describe_gamma, distance_from_rank_one, exponents, gammas
-from calm_ray.methods.dco.optimum import Optimum, optimum_of
+from calm_ray.methods.dco.optimum import Optimum, find_optimum
 from calm_ray.run.policies import Policy
 
 
 def show_optimum(location: str, round_number: int | None, as_json: bool, plugins: Sequence[str] = ()) -> None:
     """Prints a round's policy, the reference it was trained from and the optimal policy, on both sets of questions.
 
-    Everything was computed from scores when the round was evaluated. Raises InputError where a run has none.
+    Shows what was computed from scores when the round was evaluated. Raises InputError if the run has none.
     """
     opened = open_run(location, plugins)
     run, config = opened.run, opened.config
     finished = [n for n in range(config.rounds + 1) if run.stage(n, Optimum.name).is_finished]
-    optimum = optimum_of(config.evaluation)
+    optimum = find_optimum(config.evaluation)
     if optimum is None or not finished:
-        why = "no round of it has been scored"
+        why = "no round has been scored"
         if optimum is None:
-            why = "only runs with method: dco have one, and only with dco.languages: joint, or two languages"
-        raise InputError(f"{run.uri}: has no optimal policy, since {why}")
+            why = "it requires method: dco, and dco.languages: joint or two languages"
+        raise InputError(f"{run.uri}: has no optimal policy: {why}")
     number = max(finished) if round_number is None else round_number
     if number not in finished:
-        raise InputError(f"{run.uri}: round {number} has no optimal policy; there are {finished}")
+        raise InputError(f"{run.uri}: round {number} has no optimal policy; rounds with one: {finished}")
     policies = _policies(opened, number, optimum)
     dco, beta = optimum.dco, config.train.beta
     gamma = gammas(dco, config.languages, beta)
@@ -46,7 +46,7 @@ def show_optimum(location: str, round_number: int | None, as_json: bool, plugins
 
 
 def _policies(opened: OpenedRun, number: int, optimum: Optimum) -> dict[str, dict[str, Any]]:
-    """part -> name of a policy -> its report."""
+    """part -> policy name -> report."""
     run, is_base = opened.run, opened.config.train.reference == "base"
     reference = Policy() if is_base else opened.policy(max(0, number - 1))
     optimal = run.stage(number, optimum.name).record
@@ -60,7 +60,7 @@ def _policies(opened: OpenedRun, number: int, optimum: Optimum) -> dict[str, dic
 
 
 def _print_gamma(languages: list[str], weights: list[list[float]]) -> None:
-    table = plain_table("exponents of the product of experts: a row's policy, a column's likelihood")
+    table = plain_table("product-of-experts exponents: policy per row, likelihood per column")
     table.add_column("")
     for code in languages:
         table.add_column(code, justify="right")
@@ -72,15 +72,15 @@ def _print_gamma(languages: list[str], weights: list[list[float]]) -> None:
 def _print_policies(title: str, reports: dict[str, dict[str, Any]]) -> None:
     table = plain_table(title)
     languages = list(next(iter(reports.values())).get("accuracy", {}))
-    for name in ("", "RankC\nmean", "RankC\nwith en", "top-1\nalike", *languages, "mean"):
+    for name in ("", "RankC\nmean", "RankC\nwith en", "top-1\nagree", *languages, "mean"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, report in reports.items():
-        shares = [report["rankc_mean"], report["rankc_en"], report["top1"]]
-        shares += [report["accuracy"][code] for code in languages] + [report.get("accuracy_mean")]
-        table.add_row(name, *(percent(share) for share in shares))
+        rates = [report["rankc_mean"], report["rankc_en"], report["top1"]]
+        rates += [report["accuracy"][code] for code in languages] + [report.get("accuracy_mean")]
+        table.add_row(name, *(percent(rate) for rate in rates))
     console.print(table)
     *_, optimum = reports.values()
     console.print(
-        f"the policy answers as the optimal one to {percent(optimum['top1_with_optimal'])} percent; their margins are "
-        f"{optimum['margin_distance']:.2f} nats apart in the mean\n"
+        f"the policy agrees with the optimal one on {percent(optimum['top1_with_optimal'])} percent of answers; their "
+        f"margins differ by {optimum['margin_distance']:.2f} nats on average\n"
     )

@@ -1,4 +1,4 @@
-"""`calm-ray questions`: what a source holds, printed."""
+"""`calm-ray questions`: prints what a source contains."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def show_questions(
     as_json: bool = False,
     rows: int = 10,
 ) -> None:
-    """Reads a source and prints what it holds, with its first `rows` rows (ten at most).
+    """Reads a source and prints what it contains, with its first `rows` rows (at most ten).
 
-    With `refuse`, raises InputError after printing where there are bad rows.
+    With `refuse`, raises InputError after printing if there are bad rows.
     """
-    reading = read(source, format=format, language=language)
-    found = survey_rows(source, reading if as_json else _watched(reading))
+    stream = read(source, format=format, language=language)
+    found = survey_rows(source, stream if as_json else _with_progress(stream))
     if as_json:
         print(json.dumps(found.as_json(), ensure_ascii=False, indent=2))
     else:
@@ -40,27 +40,27 @@ def show_questions(
         raise error
 
 
-def _watched(rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, with progress once they take longer than a second."""
-    started, said, bar = time.monotonic(), 0, None
+def _with_progress(rows: Iterator[Row]) -> Iterator[Row]:
+    """Yields the rows, with a progress bar once reading takes longer than a second."""
+    started, reported, bar = time.monotonic(), 0, None
     with ExitStack() as stack:
         for number, row in enumerate(rows, start=1):
             yield row
             if number % 1_000 == 0 and time.monotonic() - started > 1:
                 bar = bar or stack.enter_context(progress_bar("rows read"))
-                bar.advance(number - said)
-                said = number
+                bar.advance(number - reported)
+                reported = number
 
 
 def print_survey(found: Survey, rows: int = 10) -> None:
-    """The summary as tables on the terminal."""
+    """Prints the survey as tables."""
     console.print(f"{found.source}: format {found.format or 'unknown'}, {_files(found)}", markup=False)
     repaired, refused = found.repaired.total(), found.refused.total()
     counts = f"{found.kept:,} kept, {repaired:,} repairs or remarks, {refused:,} refused"
     console.print(f"{found.rows:,} rows: {counts}\n", markup=False)
     console.print(_languages(found))
     _reasons("refused", found.refused, found.bad_rows, SHOWN)
-    _reasons("repaired, or kept in spite of it", found.repaired, found.notes, 5)
+    _reasons("repaired or tolerated", found.repaired, found.notes, 5)
     for question in found.first[:rows]:
         gold = f", gold {question['gold']}" if question["gold"] else ""
         console.print(f"\n{question['question_id']} in {question['language']}{gold}", style="bold", markup=False)
@@ -68,7 +68,7 @@ def print_survey(found: Survey, rows: int = 10) -> None:
 
 
 def _reasons(title: str, counts: Counter[str], rows: list[Problem], shown: int) -> None:
-    """How often each reason was met, and the first rows."""
+    """Prints how often each reason occurred, and the first rows."""
     if not counts:
         return
     console.print(f"\n{title}:", markup=False)
@@ -90,7 +90,7 @@ def _languages(found: Survey) -> Table:
     for name in ("questions", "choices", "with gold", "duplicates", "missing"):
         table.add_column(name, justify="right")
     for code, count in found.languages.items():
-        fewest, most = count.fewest_choices, count.most_choices
+        fewest, most = count.min_choices, count.max_choices
         gold = f"{count.with_gold / count.questions:.1%}" if count.questions else "-"
         table.add_row(
             code, f"{count.questions:,}", f"{fewest}" if fewest == most else f"{fewest}-{most}", gold,

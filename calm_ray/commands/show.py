@@ -1,4 +1,4 @@
-"""`calm-ray show`: one question of a run, as it went through the steps of a round."""
+"""`calm-ray show`: follows one question of a run through the steps of a round."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from calm_ray.run.stage import Stage
 
 
 def show(location: str, round_number: int, question_id: str | None, plugins: Sequence[str] = ()) -> None:
-    """Prints a question in its languages, and what each step made of it."""
+    """Prints a question in its languages and what each step made of it."""
     opened = open_run(location, plugins)
     run, config = opened.run, opened.config
     if run.storage.exists("summary.json"):
         print_summary(config, run.summary)
     examples = run.stage(round_number, config.steps[-1].name)
     if not examples.is_finished:
-        raise InputError(f"{run.uri}: round {round_number} has no pairs yet; name another with --round")
+        raise InputError(f"{run.uri}: round {round_number} has no pairs yet; choose another with --round")
     chunk, found = _find(examples, run.questions("align"), question_id)
     rows = rows_of(run.questions("align").read_chunk(chunk))
     questions = [row for row in rows if row["question_id"] == found]
@@ -35,7 +35,7 @@ def show(location: str, round_number: int, question_id: str | None, plugins: Seq
 
 
 def _find(examples: Stage, questions: Stage, question_id: str | None) -> tuple[str, str]:
-    """The chunk that holds the question; where none is named, the first question that is trained on."""
+    """The chunk and id of the question; by default, of the first question that is trained on."""
     for chunk in sorted(questions.chunks()):
         stage = examples if question_id is None else questions
         for row in rows_of(stage.read_chunk(chunk)):

@@ -1,1 +1,1 @@
-"""Several methods from one recipe, side by side: the baselines of DCO's Table 1."""
+"""Compares several methods from one recipe: DCO and the baselines of its Table 1."""

@@ -1,14 +1,14 @@
-"""What is compared: a configuration for each method, all made from one recipe.
+"""The contenders of a comparison: one configuration per method, all from the same recipe.
 
-A recipe may hold a section `compare`: what a method has otherwise than the recipe, as in a recipe.
+The optional section `compare` of a recipe overrides its keys per method:
 
     compare:
       sft_gold: {train: {learning_rate: 5e-7}}
       dpo_gold->dco: {rounds: 2}
 
-The keys of `train` that methods have defaults of their own for (learning rate, epochs, beta, sft_weight and so on) are
-meant for the recipe's own method. A method with other defaults does not take them from the recipe: it has its own, but
-for what `compare` says. Everything else in the recipe holds for all methods.
+Keys of `train` with method-specific defaults (learning rate, epochs, beta, sft_weight and so on) apply only to the
+recipe's own method and to methods with the same defaults; other methods use their defaults unless `compare` overrides
+them. Everything else in the recipe applies to all methods.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 from calm_ray.config import DEFAULT_METHOD, Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import WORLD, unknown_name
 from calm_ray.methods import METHODS
-from calm_ray.recipes import COMPARE, merge, override, read_recipe, validated
+from calm_ray.recipes.load import COMPARE, Recipes, read_recipes, source_of, validated
+from calm_ray.recipes.merge import merge, override
 from calm_ray.run.directory import RunDirectory
 
 BASE = "base"
-"""The row of what all methods start from; no method, and no run."""
+"""The table row of the policy that all methods start from; not a method or run."""
 ARROW = "->"
 TABLE_1 = [BASE, "sft_gold", "dpo_gold", "calm", f"dpo_gold{ARROW}dco", "dco"]
-"""DCO, Table 1, with CALM before the rows of DCO."""
+"""The rows of DCO's Table 1, with CALM added before those of DCO."""
 
-_OF_METHODS = {"sft_weight", *(key for method in METHODS.values() for key in method.train_defaults)}
-"""The keys of `train` that methods have their own values for."""
-_NAMED_BY_PLAN = ("name", "method", "init_from")
-_THE_SAME = [
+_METHOD_KEYS = {"sft_weight", *(key for method in METHODS.values() for key in method.train_defaults)}
+"""Keys of `train` with method-specific defaults."""
+_SET_BY_PLAN = ("name", "method", "init_from")
+_SHARED_KEYS = [
     "storage", "seed", "languages", "model", "device", "world", "questions", "sampling", "engines", "placement",
     "candidates", "train.lora",
 ]  # fmt: skip
-"""What methods must share, to be compared at all, and to be served by the same engines."""
+"""Must be equal for all methods, so that they are comparable and can use the same engines."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A method and its run. `dpo_gold->dco` is DCO from where the run of `dpo_gold` ended."""
+    """A method and its run. `dpo_gold->dco` is DCO starting from the final policy of the `dpo_gold` run."""
 
     method: str
     config: Config
@@ -64,101 +64,101 @@ class Contender:
 @dataclass(frozen=True)
 class Comparison:
     name: str
-    """The recipe's."""
+    """The recipe's name."""
     methods: list[str]
-    """The rows of the table, as they were asked for."""
+    """The table's rows, in the requested order."""
     contenders: list[Contender]
-    """All runs, each after the one that it starts from; the first starts from what all are compared with."""
+    """All runs, each after the one it starts from; the first one starts from the base policy."""
 
 
 def named_methods(words: Sequence[str]) -> list[str]:
-    """The methods as they are written here, each once; `→` is `->`. Raises InputError for what is no method."""
+    """Normalizes arrows to `->` and removes duplicates. Raises InputError for unknown methods."""
     methods = [re.sub(r"\s*(?:→|->)\s*", ARROW, word) for word in words]
     for method in dict.fromkeys(methods):
         for part in method.split(ARROW) if method != BASE else ():
             if part.endswith("-"):
-                raise InputError(f"--methods: {part} is not known; an arrow must stand in quotes: 'dpo_gold->dco'")
+                raise InputError(f"--methods: {part} is not known; quote the arrow: 'dpo_gold->dco'")
             if part not in METHODS:
                 raise InputError(f"--methods: {unknown_name(part, [*([] if ARROW in method else [BASE]), *METHODS])}")
     return list(dict.fromkeys(methods))
 
 
-def plan(recipe: Path, methods: Sequence[str], overrides: Sequence[str]) -> Comparison:
-    """The runs of some methods (see `named_methods`), each after the one that it starts from, which is added.
+def plan(recipes: Recipes, methods: Sequence[str], overrides: Sequence[str]) -> Comparison:
+    """Plans the runs of `methods` (see `named_methods`), adding the runs that they start from.
 
-    `key=value` in `overrides` is for all methods, `compare.METHOD.key=value` for one. Raises InputError for what cannot
-    be compared.
+    In `overrides`, `key=value` applies to all methods, `compare.METHOD.key=value` to one. Raises InputError if the
+    methods cannot be compared.
     """
-    recipes = _Recipes(recipe, overrides)
+    by_method = _RecipesByMethod(recipes, overrides)
     chains = [method.split(ARROW) for method in methods if method != BASE]
     wanted = dict.fromkeys(ARROW.join(chain[:end]) for chain in chains for end in range(1, len(chain) + 1))
     if not wanted:
         raise InputError(f"--methods: name a method to compare with {BASE}")
-    contenders = [Contender(method, recipes.config(method)) for method in wanted]
+    contenders = [Contender(method, by_method.config(method)) for method in wanted]
     first = contenders[0]
     for one in contenders:
         _check(one, first)
     return Comparison(first.config.name.removesuffix(_run_name("", first.method)), list(methods), contenders)
 
 
-class _Recipes:
-    """The recipe of each method."""
+class _RecipesByMethod:
+    """Builds each method's configuration."""
 
-    def __init__(self, recipe: Path, overrides: Sequence[str]) -> None:
-        self._path = recipe
-        self._raw = read_recipe(recipe)
+    def __init__(self, recipes: Recipes, overrides: Sequence[str]) -> None:
+        self._source = source_of(recipes)
+        self._raw = read_recipes(recipes)
         own: dict[str, Any] = {COMPARE: {}}
         for word in overrides:
             if word.startswith(f"{COMPARE}."):
                 override(own, word)
         self._for_all = [word for word in overrides if not word.startswith(f"{COMPARE}.")]
-        self._by_method = self._read_section(self._raw.pop(COMPARE, {}))
-        self._by_method_here = self._read_section(own[COMPARE])
+        self._from_recipe = self._read_section(self._raw.pop(COMPARE, {}))
+        self._from_command_line = self._read_section(own[COMPARE])
         for word in self._for_all:
             if word.startswith("method="):
-                raise InputError(f"{word!r}: the methods are what --methods names")
+                raise InputError(f"{word!r}: set methods with --methods")
 
     def _read_section(self, section: Any) -> dict[str, dict[str, Any]]:
         if not isinstance(section, dict) or not all(isinstance(keys, dict) for keys in section.values()):
-            raise InputError(f"{self._path}: {COMPARE}: holds the keys of each method, like dco: {{rounds: 2}}")
+            raise InputError(f"{self._source}: {COMPARE}: must map methods to keys, such as dco: {{rounds: 2}}")
         for method, keys in section.items():
-            if unknown := [part for part in _arrows(method).split(ARROW) if part not in METHODS]:
-                raise InputError(f"{self._path}: {COMPARE}: {unknown_name(unknown[0], list(METHODS))}")
-            if taken := [key for key in _NAMED_BY_PLAN if key in keys]:
-                raise InputError(f"{self._path}: {COMPARE}.{method}.{taken[0]}: follows from the method and the recipe")
-        return {_arrows(method): keys for method, keys in section.items()}
+            if unknown := [part for part in _normalize_arrow(method).split(ARROW) if part not in METHODS]:
+                raise InputError(f"{self._source}: {COMPARE}: {unknown_name(unknown[0], list(METHODS))}")
+            if taken := [key for key in _SET_BY_PLAN if key in keys]:
+                raise InputError(f"{self._source}: {COMPARE}.{method}.{taken[0]}: cannot be set per method")
+        return {_normalize_arrow(method): keys for method, keys in section.items()}
 
     def config(self, method: str) -> Config:
         raw = deepcopy(self._raw)
         before, _, last = method.rpartition(ARROW)
         train = raw.get("train")
-        if not _trains_alike(last, str(raw.get("method", DEFAULT_METHOD))) and isinstance(train, dict):
-            raw |= {"train": {key: value for key, value in train.items() if key not in _OF_METHODS}}
-        merge(raw, deepcopy(self._by_method.get(method, {})))
+        if not _same_train_defaults(last, str(raw.get("method", DEFAULT_METHOD))) and isinstance(train, dict):
+            raw |= {"train": {key: value for key, value in train.items() if key not in _METHOD_KEYS}}
+        merge(raw, deepcopy(self._from_recipe.get(method, {})))
         for word in self._for_all:
             override(raw, word)
-        merge(raw, deepcopy(self._by_method_here.get(method, {})))
+        merge(raw, deepcopy(self._from_command_line.get(method, {})))
         if raw.get("candidates") is None:
             raise InputError(
-                f"{self._path}: candidates: is missing; policies are compared by how they rank the same candidates, "
-                "for instance candidates: {form: letters}"
+                f"{self._source}: candidates: is missing; policies are compared by how they rank candidates, "
+                "for example candidates: {form: letters}"
             )
         if before:
             raw["init_from"] = _run_name(raw.get("name", ""), before)
         if "name" in raw:
             raw["name"] = _run_name(raw["name"], method)
         raw["method"] = last
-        return validated(raw, f"{self._path}, method {method},")
+        return validated(raw, f"{self._source}, method {method},")
 
 
-def _trains_alike(first: str, second: str) -> bool:
-    """Whether two methods have the same defaults of training, so that a recipe's values are meant for both."""
+def _same_train_defaults(first: str, second: str) -> bool:
+    """Whether two methods have the same training defaults, so that a recipe's values apply to both."""
     return all(name in METHODS for name in (first, second)) and (
         METHODS[first].train_defaults == METHODS[second].train_defaults
     )
 
 
-def _arrows(method: Any) -> str:
+def _normalize_arrow(method: Any) -> str:
     return str(method).replace("→", ARROW)
 
 
@@ -167,12 +167,12 @@ def _run_name(name: str, method: str) -> str:
 
 
 def _check(one: Contender, first: Contender) -> None:
-    """Raises InputError where a method cannot stand beside the first one."""
+    """Raises InputError if a method cannot be compared with the first one."""
     config = one.config
-    for key in _THE_SAME:
+    for key in _SHARED_KEYS:
         if attrgetter(key)(config) != attrgetter(key)(first.config):
-            raise InputError(f"{COMPARE}: {key} must be the same for all methods; {one.method} has another one")
+            raise InputError(f"{COMPARE}: {key} must be the same for all methods, but {one.method} differs")
     if config.rounds == 0:
-        raise InputError(f"rounds: is 0 for {one.method}; a method that is compared needs one or more")
+        raise InputError(f"rounds: is 0 for {one.method}; a comparison needs at least 1")
     if config.model != WORLD and not config.questions.evaluate and not config.questions.split:
-        raise InputError("questions.evaluate: methods are compared on held-out questions; name some, or set split")
+        raise InputError("questions.evaluate: methods are compared on held-out questions; set this or questions.split")

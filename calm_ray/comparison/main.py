@@ -1,47 +1,46 @@
-"""Several methods from one recipe: ordinary runs that share a cluster, its engines, and the work they have in common.
+"""Runs several methods from one recipe as ordinary runs that share a cluster, its engines and common work.
 
-Whatever is heavy is imported only when something runs.
+Defers heavy imports until something runs.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from calm_ray.comparison.contenders import BASE, TABLE_1, Comparison, Contender, named_methods, plan
-from calm_ray.core.exit_codes import exit_code_of
+from calm_ray.core.exit_codes import run_command
 from calm_ray.methods import METHODS
-from calm_ray.recipes import RECIPES, is_override, recipe_and_overrides
+from calm_ray.recipes.merge import is_override, split_words
 
-DEMO_RECIPE = RECIPES / "dco_compare_demo.yaml"
+DEMO = "dco/compare_demo"
 HELP = f"""\
-Runs several methods from one recipe and prints what became of them: the columns of DCO's Table 1.
+Runs several methods from one recipe and compares them in the columns of DCO's Table 1.
 
   python jobs/compare.py
-  python jobs/compare.py jobs/recipes/NAME.yaml --methods base calm 'dpo_gold->dco' dco train.batch_pairs=16
+  python jobs/compare.py my-recipe.yaml --methods base calm 'dpo_gold->dco' dco train.batch_pairs=16
 
-Methods are {", ".join(METHODS)}; `{BASE}` is the policy before training. 'dpo_gold->dco', in quotes, is
-DCO from where DPO ended. Each is an ordinary run, NAME-METHOD; what runs have in common is made once and copied.
-The same command goes on where it stopped, and uses the runs that are finished.
+Methods are {", ".join(METHODS)}; `{BASE}` is the policy before training. 'dpo_gold->dco', in quotes,
+is DCO starting from the final DPO policy. Each method is an ordinary run, NAME-METHOD; work that runs share is done
+once and copied. Repeat the command to resume; finished runs are reused.
 
-KEY=VALUE holds for all methods, compare.METHOD.KEY=VALUE for one, as does the recipe's section `compare`. Learning
-rate, epochs and whatever else methods have defaults of their own for is the recipe's for its own method alone."""
+KEY=VALUE applies to all methods, compare.METHOD.KEY=VALUE to one, like the recipe's section `compare`. Learning rate,
+epochs and other keys with method-specific defaults are taken from the recipe for its own method only."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (see `calm_ray.core.exit_codes`)."""
     options = _parser().parse_intermixed_args(arguments)
-    return exit_code_of(lambda: _compare(options), goes_on=True, overwrites=options.overwrite)
+    return run_command(lambda: _compare(options), resumable=True, overwrites=options.overwrite)
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("compare.py", description=HELP, formatter_class=raw)
     parser.add_argument(
-        "recipe",
+        "words",
         nargs="*",
-        help=f"a recipe (default: {DEMO_RECIPE.name}) and overrides: section.key=value",
+        help=f"recipes, merged left to right (default: {DEMO}), and overrides: section.key=value",
         metavar="RECIPE|KEY=VALUE",
     )
     parser.add_argument("--methods", nargs="+", default=TABLE_1, metavar="METHOD", help=f"default: {' '.join(TABLE_1)}")
@@ -50,17 +49,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    # --methods takes all words that follow it; an override is known by its =.
+    # --methods consumes all following words, including overrides.
     more = [word for word in options.methods if is_override(word)]
-    recipe, overrides = recipe_and_overrides([*options.recipe, *more])
+    recipes, overrides = split_words([*options.words, *more])
     methods = named_methods([word for word in options.methods if word not in more])
-    comparison = plan(Path(recipe) if recipe else DEMO_RECIPE, methods, overrides)
+    comparison = plan(recipes or DEMO, methods, overrides)
     run_all(comparison.contenders, overwrite=options.overwrite)
     report(comparison)
 
 
 def report(comparison: Comparison) -> None:
-    """Prints the table and writes it, in shares, beside the runs."""
+    """Prints the table and writes it, as fractions, next to the runs."""
     from calm_ray.comparison.table import print_rows, table_rows
     from calm_ray.core.console import say
     from calm_ray.run.storage import Storage
@@ -73,14 +72,16 @@ def report(comparison: Comparison) -> None:
 
 
 def run_all(contenders: Sequence[Contender], *, overwrite: bool) -> None:
-    """Runs what is not finished, one after the other, on one cluster and the same engines.
+    """Runs the unfinished contenders one after another on one cluster with the same engines.
 
-    Raises InputError for bad input of any of them before an engine starts.
+    Raises InputError for invalid input to any of them before an engine starts.
     """
     from calm_ray.comparison.shared import check_common_start, share_questions, share_start
     from calm_ray.launch import Launch, launch
 
-    launches = [Launch(each.config, overwrite=overwrite, starts_later=each.starts_from_another) for each in contenders]
+    launches = [
+        Launch(each.config, overwrite=overwrite, starts_from_another=each.starts_from_another) for each in contenders
+    ]
     by_name = {each.config.name: each for each in contenders}
 
     def others_of(each: Launch) -> list[Contender]:

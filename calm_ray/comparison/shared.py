@@ -1,7 +1,7 @@
-"""What runs of one comparison have in common: it is made once, and copied into the runs that come later.
+"""Copies work that runs of one comparison share from the run that did it into later ones.
 
-Policies are the same where their weights are, whatever a run calls them: what `dpo_gold` ends with is what
-`dpo_gold->dco` starts from.
+Policies are identical if their weights are, whatever a run calls them: the last policy of `dpo_gold` is the first of
+`dpo_gold->dco`.
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ SPLITS = get_args(Split)
 
 
 def check_common_start(contenders: Sequence[Contender]) -> None:
-    """Raises InputError where runs that have begun have other questions, or another model, than the first of them."""
+    """Raises InputError if runs that have started differ in model, questions or expected starting policy."""
     runs = [one.run for one in contenders]
     models = [(run, (run.model.name, run.model.sha256)) for run in runs if run.model is not None]
     for run, model in models:
         if model != models[0][1]:
-            raise InputError(_other_than(run, models[0][0], "another model"))
+            raise InputError(_mismatch(run, models[0][0], "their models differ"))
     for one in contenders:
         before = next((other for other in contenders if other.config.name == one.config.init_from), None)
         if before is not None and one.run.start is not None and before.run.is_finished:
             *_, (_, last) = _policies(before)
             if one.run.start.sha256 != last.sha256:
-                raise InputError(_other_than(one.run, before.run, "a start that is not the last policy"))
+                raise InputError(
+                    _mismatch(one.run, before.run, "the first does not start from the last policy of the second")
+                )
     for split in SPLITS:
-        asked = [run for run in runs if run.questions(split).is_finished]
-        for run in asked[1:]:
-            if not _same_rows(run.questions(split), asked[0].questions(split)):
-                raise InputError(_other_than(run, asked[0], f"other questions ({split})"))
+        started = [run for run in runs if run.questions(split).is_finished]
+        for run in started[1:]:
+            if not _same_rows(run.questions(split), started[0].questions(split)):
+                raise InputError(_mismatch(run, started[0], f"their questions ({split}) differ"))
 
 
-def _other_than(run: RunDirectory, first: RunDirectory, what: str) -> str:
+def _mismatch(run: RunDirectory, other: RunDirectory, reason: str) -> str:
     return (
-        f"{run.uri} has {what} than {first.uri}, so that they cannot be compared. "
+        f"{run.uri} and {other.uri} cannot be compared: {reason}. "
         "Give the recipe another name, or add --overwrite to delete these runs and start again."
     )
 
@@ -57,17 +59,17 @@ def _same_rows(one: Stage, other: Stage) -> bool:
 
 
 def share_questions(run: RunDirectory, others: Sequence[RunDirectory]) -> None:
-    """Copies the questions of the first run that has them, so that all runs have the same."""
+    """Copies the questions from the first run that has them, so that all runs use the same."""
     for split in SPLITS:
         for other in others:
-            _take(run.questions(split), other.questions(split))
+            _copy_if_finished(run.questions(split), other.questions(split))
 
 
 def share_start(one: Contender, others: Sequence[Contender]) -> None:
-    """Copies what another run knows of the policy that a run starts from: its answers, its scores, its samples.
+    """Copies what other runs have computed for the policy that a run starts from: its answers, scores and samples.
 
-    These are the rows of steps that both runs have, with the same settings, and that depend on questions and policy
-    alone. Samples are those of round 1 alone: a round has its own seeds.
+    Copies only steps that both runs have, with the same settings, and that depend only on questions and policy. Copies
+    samples only for round 1, since every round has its own seeds.
     """
     run, start = one.run, one.run.start or Policy()
     for other in others:
@@ -76,14 +78,14 @@ def share_start(one: Contender, others: Sequence[Contender]) -> None:
                 continue
             name = start.name if start.name != policy.name else None
             for step in _in_common(one.config, other.config, lambda config: config.evaluation):
-                _take(run.stage(0, step.name), other.run.stage(number, step.name), name)
+                _copy_if_finished(run.stage(0, step.name), other.run.stage(number, step.name), name)
             if number == 0:
                 for step in _in_common(one.config, other.config, lambda config: config.steps):
-                    _take(run.stage(1, step.name), other.run.stage(1, step.name), name)
+                    _copy_if_finished(run.stage(1, step.name), other.run.stage(1, step.name), name)
 
 
 def _in_common(one: Config, other: Config, steps_of: Callable[[Config], Sequence[Step]]) -> list[Step]:
-    """The steps by which engines answer the run's questions, and which are the same in both runs."""
+    """Returns the steps of engines on the run's questions that are identical in both runs."""
     here, there = one.model_dump(mode="json"), other.model_dump(mode="json")
     others = {step.name: step for step in steps_of(other)}
     return [
@@ -104,7 +106,7 @@ def _value(config: Any, key: str) -> Any:
 
 
 def _policies(contender: Contender) -> Iterator[tuple[int, Policy]]:
-    """The policies of a run by round, as far as it has come; 0 is what it starts from."""
+    """Yields the policies of a run so far, by round; round 0 is the one it starts from."""
     run, config = contender.run, contender.config
     if config.init_from is None or run.start is not None:
         yield 0, run.start or Policy()
@@ -113,7 +115,7 @@ def _policies(contender: Contender) -> Iterator[tuple[int, Policy]]:
             yield number, run.policy(number)
 
 
-def _take(stage: Stage, other: Stage, policy: str | None = None) -> None:
+def _copy_if_finished(stage: Stage, other: Stage, policy: str | None = None) -> None:
     if not stage.is_finished and other.is_finished and not other.flawed():
         stage.copy(other, policy)
         say(f"copied: {other.storage.uri()}")

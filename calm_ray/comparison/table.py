@@ -1,4 +1,4 @@
-"""The methods side by side, with the columns of DCO's Table 1."""
+"""The table of a comparison, with the columns of DCO's Table 1."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from calm_ray.evaluation.score_report import ENGLISH
 from calm_ray.evaluation.tables import first_optimum, percent, plain_table
 from calm_ray.run.directory import RunDirectory
 
-SHARES = {"rankc_en": "CLC_all", "rankc_mean": "RankC\nmean", "accuracy_en": "A_EN", "accuracy_others": "A_not-EN"}
-"""The shares of a row by name, and what their columns are called."""
+FRACTIONS = {"rankc_en": "CLC_all", "rankc_mean": "RankC\nmean", "accuracy_en": "A_EN", "accuracy_others": "A_not-EN"}
+"""Fractions in a row, with their column titles."""
 
 WORK = ("pairs", "seconds")
-"""What a row's runs took."""
+"""The cost of a row's runs."""
 Row = dict[str, Any]
 
 
 def table_rows(comparison: Comparison) -> list[Row]:
-    """A row for each method in the order asked for, then the optimal policy of each run of DCO among them.
+    """Returns a row per method in the requested order, then the optimal policy of each DCO run.
 
-    Shares are of held-out questions, from 0 to 1, and None where there is none; `pairs` are all those trained on, and
-    `seconds` all that a run's own rounds took: for the base, what it took to evaluate it.
+    Fractions are over held-out questions, from 0 to 1, or None if not available. `pairs` counts all pairs trained on;
+    `seconds` is the total time of the run's own rounds, or of evaluation for the base.
     """
     runs = {one.method: one.run for one in comparison.contenders}
     rows = []
@@ -41,13 +41,13 @@ def table_rows(comparison: Comparison) -> list[Row]:
 
 
 def _row(method: str, run: RunDirectory, report: dict[str, Any]) -> Row:
-    shares = {
+    fractions = {
         "rankc_en": report.get("rankc_en"),
         "rankc_mean": report.get("rankc_mean"),
         "accuracy_en": report.get("accuracy", {}).get(ENGLISH),
         "accuracy_others": report.get("accuracy_others"),
     }
-    return {"method": method, "run": run.uri, "policy": report.get("policy"), **shares}
+    return {"method": method, "run": run.uri, "policy": report.get("policy"), **fractions}
 
 
 def _work(rounds: list[dict[str, Any]]) -> Row:
@@ -57,23 +57,23 @@ def _work(rounds: list[dict[str, Any]]) -> Row:
 
 
 def print_rows(name: str, rows: list[Row]) -> None:
-    """Percent, and where there is a row of the base, the others as their difference to it."""
+    """Prints percentages; with a base row, all other rows as differences from it."""
     base = next((row for row in rows if row["method"] == BASE), None)
-    title = f"{name}: held-out questions, percent" + (f", and the difference to {BASE}" if base else "")
+    title = f"{name}: held-out questions, percent" + (f"; others as difference from {BASE}" if base else "")
     table = plain_table(title)
     table.add_column("method", no_wrap=True)
-    for column in [*SHARES.values(), *WORK]:
+    for column in [*FRACTIONS.values(), *WORK]:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        shares = [percent(row[key]) if base in (None, row) else change(row[key], base[key]) for key in SHARES]
+        fractions = [percent(row[key]) if base in (None, row) else change(row[key], base[key]) for key in FRACTIONS]
         work = [f"{row[key]:.0f}" if key in row else "-" for key in WORK]
-        table.add_row(row["method"], *shares, *work)
+        table.add_row(row["method"], *fractions, *work)
     console.print(table)
-    console.print("CLC_all: RankC of the pairs of languages with English, their mean; RankC mean: of all pairs.")
+    console.print("CLC_all: mean RankC over language pairs with English; RankC mean: over all pairs.")
     if len(rows) > 1 and any(row["policy"] is None for row in rows):
-        console.print("pi*: the optimal policy that DCO's reference leads to, without training.")
+        console.print("pi*: the optimal policy under DCO's reference, without training.")
 
 
-def change(share: float | None, base: float | None) -> str:
-    """A difference in points of percent, with its sign; a dash where there is none."""
-    return "-" if share is None or base is None else f"{100 * (share - base):+.1f}"
+def change(fraction: float | None, base: float | None) -> str:
+    """Formats a difference in percentage points, with sign; a dash if either value is None."""
+    return "-" if fraction is None or base is None else f"{100 * (fraction - base):+.1f}"

@@ -1,1 +1,1 @@
-"""Rows, sections of a recipe, languages, errors, the console: what everything else stands on."""
+"""What everything else builds on: rows, recipe sections, languages, errors, the console."""

@@ -1,4 +1,4 @@
-"""Progress for a person: a live bar on a terminal, a line now and then in a log file."""
+"""Progress output: a live bar on a terminal, an occasional line in a log file."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from calm_ray.core.safety import redact
 
 LINE_SECONDS = 10.0
-"""How often a step says where it is when it writes into a file."""
+"""Seconds between progress lines when the output is not a terminal."""
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 class ProgressBar:
-    """One long step. `advance` it; what it `note`s stands beside the count."""
+    """Progress of one long step. Call `advance`; its `note` is shown next to the count."""
 
     def __init__(self, title: str, total: int | None, bar: Progress | None) -> None:
         self._title, self._total, self._bar = title, total, bar
         self._task = bar.add_task(title, total=total, note="") if bar else None
         self._done, self._note = 0, ""
-        self._started = self._said = time.monotonic()
+        self._started = self._last_line = time.monotonic()
 
     def set_total(self, total: int) -> None:
         self._total = total
@@ -36,13 +36,13 @@ class ProgressBar:
         self._note = self._note if note is None else note
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=count, note=self._note)
-        elif time.monotonic() - self._said > LINE_SECONDS:
-            self._said = time.monotonic()
-            of = f" of {self._total}" if self._total else ""
-            say(f"  {self._title}: {self._done}{of}{'; ' + self._note if self._note else ''}")
+        elif time.monotonic() - self._last_line > LINE_SECONDS:
+            self._last_line = time.monotonic()
+            total = f" of {self._total}" if self._total else ""
+            say(f"  {self._title}: {self._done}{total}{'; ' + self._note if self._note else ''}")
 
     def close(self) -> float:
-        """Ends the step; returns its seconds."""
+        """Ends the step and returns its duration in seconds."""
         seconds = time.monotonic() - self._started
         if self._bar is None:
             say(f"{self._title}: {self._done}, {seconds:.1f} s{'; ' + self._note if self._note else ''}")
@@ -51,11 +51,11 @@ class ProgressBar:
 
 @contextmanager
 def progress_bar(title: str, total: int | None = None) -> Iterator[ProgressBar]:
-    """A step with live progress, ended when the block is left."""
+    """Shows live progress for the duration of the block."""
     if not console.is_terminal:
-        one = ProgressBar(title, total, None)
-        yield one
-        one.close()
+        progress = ProgressBar(title, total, None)
+        yield progress
+        progress.close()
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -66,8 +66,8 @@ def progress_bar(title: str, total: int | None = None) -> Iterator[ProgressBar]:
 
 
 @contextmanager
-def on_stderr(wanted: bool) -> Iterator[None]:
-    """Leaves standard output to what a command is asked for, where that is read by a program."""
+def use_stderr(wanted: bool) -> Iterator[None]:
+    """Sends console output to stderr if `wanted`, to keep stdout clean for machine-readable results."""
     console.stderr = wanted
     try:
         yield
@@ -76,6 +76,6 @@ def on_stderr(wanted: bool) -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """A line for the person; flushed, so that a log file shows it at once."""
+    """Prints a line for the user and flushes it, so that log files are up to date."""
     console.print(redact(message), markup=False)
     console.file.flush()

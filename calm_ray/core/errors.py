@@ -1,32 +1,32 @@
-"""The errors a user can meet, and the exit code each ends the program with."""
+"""The errors a user can see, with their exit codes."""
 
 from __future__ import annotations
 
 
 class CalmRayError(Exception):
-    """A failure that is explained in one message. All of these survive pickling, as Ray needs."""
+    """A failure that its message fully explains. Subclasses must survive pickling, as Ray requires."""
 
     exit_code = 1
 
 
 class InputError(CalmRayError):
-    """Something the user gave is wrong; the message names the field, or the file and row, and what to do."""
+    """Invalid user input. The message names the field, or the file and row, and says what to do."""
 
     exit_code = 2
 
 
 class StorageError(CalmRayError):
-    """The storage does not take or give a file: a full disk, a read-only mount, a lost connection."""
+    """The storage cannot read or write a file: a full disk, a read-only mount, a lost connection."""
 
 
 class ResourceError(CalmRayError):
-    """The cluster cannot hold what is asked of it; the message says what is short and what would fit."""
+    """The cluster lacks the requested resources. The message says what is missing and what would fit."""
 
     exit_code = 3
 
 
 class BadRow(Exception):
-    """A row that cannot be used. The reason is the same for all rows of its kind, so that it can be counted."""
+    """An unusable row. Rows with the same problem share the same `reason`, so that they can be counted."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)

@@ -1,4 +1,4 @@
-"""How a command ends: 0 done, 1 failed, 2 bad input, 3 the cluster cannot hold it, 130 interrupted."""
+"""Exit codes of a command: 0 done, 1 failed, 2 bad input, 3 not enough resources in the cluster, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 
-def exit_code_of(command: Callable[[], None], *, goes_on: bool = False, overwrites: bool = False) -> int:
-    """Runs a command and says in one message why it did not end well.
+def run_command(command: Callable[[], None], *, resumable: bool = False, overwrites: bool = False) -> int:
+    """Runs a command, prints a message if it fails, and returns its exit code.
 
-    `goes_on`: given again it takes up what it had begun; but not if it `overwrites`, which would delete that.
+    `resumable`: rerunning the command resumes it. `overwrites`: it was given --overwrite, and rerunning it like that
+    would delete the earlier results.
     """
-    end_on_sigterm()
+    interrupt_on_sigterm()
     sys.unraisablehook = _interrupt_again
     try:
         command()
     except CalmRayError as error:
         print(redact(f"error: {error}"), file=sys.stderr)
         if overwrites and error.exit_code == CalmRayError.exit_code:
-            print("To go on, leave out --overwrite: it would delete what was done.", file=sys.stderr)
+            print("To resume, omit --overwrite: it would delete the results so far.", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         same = "the same command without --overwrite" if overwrites else "the same command"
-        print("interrupted" + (f"; {same} goes on from here" if goes_on else ""), file=sys.stderr)
+        print("interrupted" + (f"; rerun {same} to resume" if resumable else ""), file=sys.stderr)
         return INTERRUPTED
     except Exception:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
@@ -42,17 +43,17 @@ def exit_code_of(command: Callable[[], None], *, goes_on: bool = False, overwrit
     return 0
 
 
-def end_on_sigterm() -> None:
-    """SIGTERM is what batch systems and `ray job stop` send: it ends a command as Ctrl-C does.
+def interrupt_on_sigterm() -> None:
+    """Makes SIGTERM, which batch systems and `ray job stop` send, stop a command like Ctrl-C.
 
-    Called again whenever Ray has started, which puts its own handler in this place.
+    Call again after starting Ray, which installs its own handler.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
 
 
 def _interrupt(signal_number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being put away now is put away to its end
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the cleanup
     raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""The languages calm_ray speaks: a table of data. To add one, add a row."""
+"""The table of supported languages. To add a language, add a row."""
 
 from __future__ import annotations
 
@@ -8,35 +8,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Language:
-    """How questions are asked, answers are marked, and answers are read in one language.
+    """How to ask questions, mark answers and extract answers in one language.
 
-    `explanation` and `answer` are written exactly as the model is asked to write them; the marker's
-    word is what the reader of answers looks for (any colon, capitals or not, markdown around it).
-    The fields after `instruction` say how prose puts an answer: regular expressions whose alternatives are tried in
-    their order, so that of two that begin alike the longer one stands first.
+    `explanation` and `answer` are the exact markers that the model is asked to write. Extraction looks for the answer
+    marker's word, with any colon, case or surrounding markdown. The fields after `instruction` describe how prose
+    states an answer, as regular expressions. Alternatives are tried in order, so put a longer one before its prefix.
     """
 
     code: str
     name: str
-    """In English, for instructions to a translating model."""
+    """English name, for prompting a model to translate."""
     flores: str
-    """The language's code in FLORES-200, by which NLLB's translators know it."""
+    """Code in FLORES-200, as used by NLLB."""
     explanation: str
     answer: str
     space: str
-    """What stands between a marker and what follows it."""
+    """Separator between a marker and the text after it."""
     instruction: str
-    """Takes {letters}; followed by the two markers, which show the form."""
+    """Template with {letters}; the two markers follow it to show the format."""
     right: str = ""
-    """What may follow the answer's word to call it the right one: `correcte` in "La réponse correcte est B"."""
+    """Optional word for "correct" after the word for "answer": `correcte` in "La réponse correcte est B"."""
     copula: str = ""
-    """What then stands before the letter: `est`, no conditionals. Empty where the verb only comes after the letter."""
+    """Verb before the letter, without conditionals: `est`. Empty if the verb always follows the letter."""
     option: str = ""
-    """What the letter may be called: `l'option` in "La réponse est l'option B"."""
+    """Optional noun before the letter: `l'option` in "La réponse est l'option B"."""
     verb: str = ""
-    """What may follow the letter, even glued to it: `です` in "答えはBです"."""
+    """Optional verb after the letter, with or without a space: `です` in "答えはBです"."""
     words: str = ""
-    """Words of a single letter, as they are written inside a sentence: "I" is always a capital, "a" is not."""
+    """Single-letter words, in the case they have inside a sentence: "I" is always uppercase, "a" is not."""
 
     @property
     def answer_word(self) -> str:
@@ -463,15 +462,15 @@ _ROWS = [
 
 LANGUAGES: dict[str, Language] = {row.code: row for row in _ROWS}
 
-# Codes that data sets write and that are neither the table's nor FLORES's: CALM's `cn`, X-CSQA's `jap`, and ISO 639's
-# codes of whole groups, of which FLORES names the member that is written (`arb`, Standard Arabic, of `ara`).
+# Other codes found in data sets: CALM's `cn`, X-CSQA's `jap`, and ISO 639 macrolanguages, for which FLORES uses a
+# member's code (`arb`, Standard Arabic, for `ara`).
 _ALIASES = {"cn": "zh", "chi": "zh", "jap": "ja", "ara": "ar", "swa": "sw", "fas": "fa", "que": "qu"}
 _CODES = _ALIASES | {row.flores[:3]: row.code for row in _ROWS} | {row.code: row.code for row in _ROWS}
 
 
 def language_code(name: str) -> str | None:
-    """The table's code of a language as a data set writes it (`cn`, `FR-FR`, `zho_Hans`), or None if it is not there.
+    """Maps a data set's language code (`cn`, `FR-FR`, `zho_Hans`) to the table's code, or None if it is unsupported.
 
-    Capitals do not matter; a region or a script is cut off.
+    Ignores case, region and script.
     """
     return _CODES.get(re.split("[-_]", name.strip().lower(), maxsplit=1)[0])

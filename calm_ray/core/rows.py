@@ -1,4 +1,4 @@
-"""The rows that travel between the stages of a run: flat, typed records, one Arrow schema each.
+"""The rows passed between the stages of a run: flat, typed records, one Arrow schema each.
 
 Rows are plain dictionaries with the keys below, because Ray Data and Parquet move Arrow tables.
 `schema(Row)` is the Arrow schema of a row type; `table(Row, rows)` and `rows_of(table)` convert.
@@ -13,7 +13,7 @@ from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints
 import pyarrow as pa
 
 BASE_POLICY = "base"
-"""Name of the policy before any training; later ones are `r0001-<sha8>` (round, hash of weights)."""
+"""Name of the policy before any training. Later ones are named `r0001-<sha8>` (round, hash of weights)."""
 
 
 class Question(TypedDict):
@@ -32,7 +32,7 @@ class Question(TypedDict):
     text: str
     choices: list[str]
     gold: str | None
-    """Letter of the right choice; only ever used to *report*, never to train."""
+    """Letter of the correct choice. Only for *reporting*, never for training."""
     subject: str | None
 
 
@@ -52,19 +52,18 @@ class Completion(TypedDict):
     text: str
     prompt_token_ids: list[int]
     token_ids: list[int]
-    """As the engine sampled them, the end-of-sequence token included; never re-tokenised."""
+    """As sampled by the engine, including the end-of-sequence token; never re-tokenized."""
     logp: float
-    """Summed log-probability of `token_ids` under `policy`, as the engine sampled them, before temperature and top-p;
-    in nats."""
+    """Summed log-probability of `token_ids` under `policy` in nats, from the engine, before temperature and top-p."""
     answer: str | None
     policy: str
     """The policy that wrote this row."""
     finish_reason: str
-    """`stop` (the model ended it) or `length` (cut at `max_new_tokens`)."""
+    """`stop` (ended by the model) or `length` (truncated at `max_new_tokens`)."""
 
 
 class Vote(TypedDict):
-    """What the completions of one question say together. Produced and consumed by `methods.calm`.
+    """The vote of all completions of one question. Produced and consumed by `methods.calm`.
 
     Example:
         {"question_id": "q17", "counts": {"A": 3, "B": 9}, "winner": "B", "agreement": 0.75,
@@ -74,18 +73,18 @@ class Vote(TypedDict):
     question_id: str
     counts: dict[str, int]
     winner: str | None
-    """None where nobody could be read, or where a tie is dropped."""
+    """None if no answer could be parsed, or if ties are dropped."""
     agreement: float
-    """Share of the readable answers that the most frequent answer has, 0 to 1."""
+    """Fraction of the parseable answers that give the most frequent one, 0 to 1."""
     tied: bool
     by_language: dict[str, str | None]
-    """The winner inside each language alone, by the same tie rule."""
+    """The winner within each language, by the same tie rule."""
 
 
 class Pair(TypedDict):
-    """One preference. Produced by `methods`, consumed by `training`.
+    """One preference pair. Produced by `methods`, consumed by `training`.
 
-    The columns `prompt`, `chosen`, `rejected` are TRL's preference format: any TRL script reads it.
+    The columns `prompt`, `chosen`, `rejected` follow TRL's preference format, so any TRL script can read them.
 
     Example:
         {"round": 1, "question_id": "q17", "pair": 0, "language": "fr", "prompt": "Quel ...",
@@ -97,7 +96,7 @@ class Pair(TypedDict):
     round: int
     question_id: str
     pair: int
-    """Numbers the pairs of a question; with DCO a number stands for the same two candidates in every language."""
+    """Index within the question. With DCO, the same index means the same two candidates in every language."""
     language: str
     prompt: str
     chosen: str
@@ -108,18 +107,18 @@ class Pair(TypedDict):
     chosen_answer: str
     rejected_answer: str
     chosen_language: str
-    """The language the chosen side was written in before it was carried over into `language`."""
+    """The language of the chosen side before it was translated into `language`."""
     policy: str
     target_margin: float | None
-    """With DCO, what beta times the margin is fitted to: the other languages' margins under the reference, weighed by
+    """With DCO, the target for beta times the margin: the other languages' margins under the reference, weighted by
     gamma (DCO, Eq. 11), in nats. `chosen` and `rejected` are then two candidates in random order."""
 
 
 class CandidateSet(TypedDict):
-    """The candidate answers to one question in one language, parallel by index over the languages.
+    """The candidate answers to one question in one language, parallel by index across languages.
 
-    Produced by `methods.candidates`, or by `methods.dco` from samples; consumed by the engines, which score them, and
-    by `methods.dco`.
+    Produced by `methods.candidates`, or by `methods.dco` from samples; consumed by `methods.dco` and by the engines,
+    which score them.
 
     Example:
         {"question_id": "q17", "language": "fr", "prompt": "Quel ... ?\nA. aigle\nB. ours\nRéponse :",
@@ -131,16 +130,16 @@ class CandidateSet(TypedDict):
     prompt: str
     prompt_token_ids: list[int]
     choices: list[str]
-    """Each candidate by itself, whose characters and bytes are what a score may be divided by."""
+    """The candidates alone. Normalized scores are divided by their length in characters or bytes."""
     texts: list[str]
-    """Each candidate as it follows the prompt."""
+    """The candidates as they follow the prompt."""
     token_ids: list[list[int]]
     right: int | None
-    """Index of the right candidate; only ever used to report, but for the methods named after gold answers."""
+    """Index of the correct candidate. Only for reporting, except in the methods named after gold answers."""
 
 
 class Scored(CandidateSet):
-    """How likely a policy finds each candidate. Produced by the engines, consumed by `methods` and `evaluation`.
+    """A policy's log-probability of each candidate. Produced by the engines, consumed by `methods` and `evaluation`.
 
     Log-probabilities are sums over tokens, in nats.
 
@@ -149,14 +148,14 @@ class Scored(CandidateSet):
     """
 
     logps: list[float]
-    """Of each candidate's tokens, after the prompt."""
+    """Of each candidate's tokens, given the prompt."""
     prompt_logp: float | None
-    """Of the prompt's tokens but the first; only where `candidates.score` is mean_full."""
+    """Of the prompt's tokens except the first; None unless `candidates.score` is mean_full."""
     policy: str
 
 
 class Dialogue(TypedDict):
-    """A dialogue to train on, of which some stretches are scored. Produced by methods, consumed by `training`.
+    """A dialogue to train on, with a mask of scored tokens. Produced by methods, consumed by `training`.
 
     Example:
         {"question_id": "q17", "language": "fr", "number": 0, "token_ids": [5, 9, 7, 1, 5, 8, 1],
@@ -166,14 +165,14 @@ class Dialogue(TypedDict):
     question_id: str
     language: str
     number: int
-    """Numbers the dialogues of a question in a language."""
+    """Index among the dialogues of a question in a language."""
     token_ids: list[int]
     scored: list[bool]
-    """Which tokens are trained on: the assistant's, as a rule."""
+    """Whether to train on each token: usually true for the assistant's."""
 
 
 class ReferenceLogps(TypedDict):
-    """What the reference policy says of a training row, before training. Produced and consumed by `training`.
+    """Log-probabilities of a training row under the reference policy. Produced and consumed by `training`.
 
     Example:
         {"question_id": "q17", "language": "fr", "number": 0, "reference": "base", "logps": [-21.5, -3.25]}
@@ -182,10 +181,10 @@ class ReferenceLogps(TypedDict):
     question_id: str
     language: str
     number: int
-    """Of the pair or dialogue."""
+    """Index of the pair or dialogue."""
     reference: str
     logps: list[float]
-    """Summed log-probability of each branch's scored tokens, in nats: of a pair its chosen and its rejected side."""
+    """Summed log-probability of each branch's scored tokens, in nats. The branches of a pair are chosen, rejected."""
 
 
 class Prediction(TypedDict):
@@ -203,7 +202,7 @@ class Prediction(TypedDict):
 
 
 class BadPrompt(TypedDict):
-    """A prompt that ends every engine it is given to. Produced by `engines`, for a person and for what comes after.
+    """A prompt that crashes every engine. Produced by `engines`, for the user and so that later stages skip it.
 
     Example:
         {"question_id": "q17", "language": "fr", "questions": "questions/align", "stage": "rounds/1/sample",
@@ -213,19 +212,19 @@ class BadPrompt(TypedDict):
     question_id: str
     language: str
     questions: str
-    """The folder of the run that the question is from."""
+    """The run's folder that the question comes from."""
     stage: str
-    """The folder that was being filled."""
+    """The run's folder that was being filled."""
     chunk: str
     error: str
-    """How the last engine ended."""
+    """How the last engine crashed."""
 
 
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
 def _arrow_type(hint: Any) -> tuple[pa.DataType, bool]:
-    """The Arrow type of an annotation, and whether it may be null."""
+    """Returns the Arrow type of an annotation and whether it is nullable."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, Union):
         return _arrow_type(next(a for a in args if a is not type(None)))[0], True
@@ -237,7 +236,7 @@ def _arrow_type(hint: Any) -> tuple[pa.DataType, bool]:
 
 
 def schema(row_type: type) -> pa.Schema:
-    """The Arrow schema of one of the row types above, columns in the order they are declared."""
+    """The Arrow schema of one of the row types above, columns in order of declaration."""
     fields = []
     for name, hint in get_type_hints(row_type).items():
         arrow, nullable = _arrow_type(hint)
@@ -246,15 +245,15 @@ def schema(row_type: type) -> pa.Schema:
 
 
 def table(row_type: type, rows: Iterable[Any]) -> pa.Table:
-    """Rows as an Arrow table of the type's schema; `pa.ArrowInvalid` where a value does not fit."""
+    """Converts rows to an Arrow table with the type's schema. Raises `pa.ArrowInvalid` if a value does not fit."""
     return pa.Table.from_pylist(list(rows), schema=schema(row_type))
 
 
 def rows_of(data: pa.Table) -> list[Any]:
-    """The rows of a table, maps as dictionaries."""
+    """Converts a table to rows, with maps as dictionaries."""
     return data.to_pylist(maps_as_pydicts="strict")
 
 
 def gold_of(questions: Iterable[Question]) -> dict[str, str]:
-    """question_id -> right letter, where it is known."""
+    """Maps question_id to the gold letter, where known."""
     return {row["question_id"]: row["gold"] for row in questions if row["gold"] is not None}

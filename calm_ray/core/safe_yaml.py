@@ -1,7 +1,7 @@
-"""YAML as plain data: texts as keys, and texts, finite numbers, true, false, null, lists and mappings as values.
+"""YAML restricted to plain data: string keys; strings, finite numbers, booleans, null, lists and mappings as values.
 
-Aliases are refused (nine lines of them hold a billion values), and so are tags, keys that stand twice, and whatever no
-file of ours could hold. A recipe that is shared needs none of it: it extends another one.
+Rejects aliases (nine lines of them can expand to a billion values), tags, duplicate keys, and values that Parquet or
+JSON cannot store. Recipes do not need aliases to share settings: they can extend each other.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 import yaml
 
 LARGEST = 1_000_000
-"""Characters."""
-DEEPEST = 20
-"""Lists and mappings in one another."""
-_WIDEST = 2**63
+"""Maximum length of a document in characters."""
+MAX_DEPTH = 20
+"""Maximum nesting depth of lists and mappings."""
+_INT_LIMIT = 2**63
 _PREFIX = "tag:yaml.org,2002:"
 _PLAIN = [_PREFIX + name for name in ("null", "bool", "int", "float", "str", "seq", "map")]
 
 
 def load(text: str) -> Any:
-    """The value of a YAML document. Raises yaml.YAMLError, which names the line."""
+    """Parses a YAML document. Raises yaml.YAMLError, which names the line."""
     if len(text) > LARGEST:
         raise yaml.YAMLError(f"is longer than {LARGEST:,} characters")
     loader = _Loader(text)
@@ -33,7 +33,7 @@ def load(text: str) -> Any:
 
 class _Loader(yaml.SafeLoader):
     yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _PLAIN}  # noqa: RUF012
-    # Dates stay texts.
+    # Dates stay strings.
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in found if tag in _PLAIN]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -44,8 +44,8 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise _refusal(event, f"*{event.anchor}: aliases are not allowed; write the value out, or extend a recipe")
-        if self._depth == DEEPEST:
-            raise _refusal(event, f"more than {DEEPEST} lists and mappings in one another")
+        if self._depth == MAX_DEPTH:
+            raise _refusal(event, f"lists and mappings are nested more than {MAX_DEPTH} levels deep")
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -57,9 +57,9 @@ class _Loader(yaml.SafeLoader):
             if key.tag != _PREFIX + "str":
                 shown = getattr(key, "value", "")
                 hint = f"{shown[:80]} is" if isinstance(shown, str) and shown else "it is"
-                raise _refusal(key, f"a key must be a text, and {hint} not; put it into quotes")
+                raise _refusal(key, f"a key must be a string, and {hint} not; put it in quotes")
             if key.value in keys:
-                raise _refusal(key, f"{key.value[:80]} is there twice")
+                raise _refusal(key, f"duplicate key {key.value[:80]}")
             keys.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -68,19 +68,19 @@ class _Loader(yaml.SafeLoader):
             raise _refusal(node, f"tags such as {node.tag.replace(_PREFIX, '!!')[:80]} are not allowed")
         try:
             value = super().construct_object(node, deep)
-        except (KeyError, OverflowError, ValueError):  # `!!bool x`, an integer of thousands of digits
-            raise _refusal(node, f"{str(node.value)[:80]} is no {node.tag.removeprefix(_PREFIX)}") from None
-        if isinstance(value, int) and abs(value) >= _WIDEST:
-            raise _refusal(node, "the number does not fit into 64 bits")
+        except (KeyError, OverflowError, ValueError):  # `!!bool x`, an integer with thousands of digits
+            raise _refusal(node, f"{str(node.value)[:80]} is not a valid {node.tag.removeprefix(_PREFIX)}") from None
+        if isinstance(value, int) and abs(value) >= _INT_LIMIT:
+            raise _refusal(node, "the number does not fit in 64 bits")
         if isinstance(value, float) and not math.isfinite(value):
             raise _refusal(node, f"{node.value[:80]} is not a finite number")
         if isinstance(value, str) and not is_plain_text(value):
-            raise _refusal(node, f"{value[:80]!r} holds characters that no file of ours can")
+            raise _refusal(node, f"{value[:80]!r} contains control characters or lone surrogates")
         return value
 
 
 def is_plain_text(text: str) -> bool:
-    """Whether a text is without control characters (tabs and line ends aside) and half characters."""
+    """Whether a text is free of control characters (except tabs and line breaks) and lone surrogates."""
     return not any((char < " " and char not in "\t\n\r") or "\ud800" <= char <= "\udfff" for char in text)
 
 

@@ -1,4 +1,4 @@
-"""What a recipe may not hold: credentials, and arguments by which a library runs foreign code, listens, or sends."""
+"""What recipes must not contain: credentials, and arguments that make a library run foreign code or use the network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from calm_ray.core.errors import CalmRayError, InputError
 from calm_ray.core.safe_yaml import is_plain_text
 
-CODE = "runs code of its own"
+CODE = "can run arbitrary code"
 WEIGHTS = "loads weights that calm_ray has not checked"
 NETWORK = "opens ports or sends data"
 
@@ -40,18 +40,18 @@ ENGINE_ARGS: dict[str, str] = {
         ),
         NETWORK,
     ),
-    **dict.fromkeys(("allowed_local_media_path", "allowed_media_domains"), "reads files that no question names"),
+    **dict.fromkeys(("allowed_local_media_path", "allowed_media_domains"), "reads files unrelated to the questions"),
 }  # fmt: skip
-"""Of vllm.LLM (vllm/engine/arg_utils.py of 0.32), in whatever depth. `logits_processors` stays: it takes classes that
-are installed, by name, and a recipe may need one."""
+"""Forbidden arguments of vllm.LLM (vllm/engine/arg_utils.py of 0.32), at any depth. `logits_processors` is allowed: it
+names installed classes, which a recipe may need."""
 
 TRL_ARGS: dict[str, str] = {
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code"), CODE),
     **dict.fromkeys(("resume_from_checkpoint", "load_best_model_at_end"), "reads pickled checkpoints"),
-    **dict.fromkeys(("push_to_hub", "report_to", "project", "run_name"), "publishes what is trained"),
+    **dict.fromkeys(("push_to_hub", "report_to", "project", "run_name"), "publishes the training"),
     **dict.fromkeys(("logging_dir", "output_dir"), "writes outside the run"),
 }
-"""Of TRL's DPOConfig; all that begins with `hub_` or `trackio_` is refused as well."""
+"""Forbidden arguments of TRL's DPOConfig, in addition to all that start with `hub_` or `trackio_`."""
 _TRL_PUBLISHES = ("hub_", "trackio_")
 
 _SECRET_KEY = re.compile(
@@ -63,7 +63,7 @@ _SECRET_VARIABLE = re.compile(r"(^|_)TOKEN(_|$)|SECRET|PASSWO?R?D|API_?KEY|ACCES
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|gh[opsu]_[A-Za-z0-9]{20,}|A[KS]IA[A-Z0-9]{16})"
 )
-# Not the port of http://host:80/; a key may hold slashes.
+# Does not match the port of http://host:80/. A key may contain slashes.
 _USER = re.compile(r"(?<=://)[^\s/@:]{0,200}:(?!\d+(?:/|$))[^\s@]{0,500}(?=@)")
 _QUERY = re.compile(
     r"(?<=[?&;])([\w-]{0,50}(?:key|token|secret|passwo?r?d|signature|credential)[\w-]{0,50}|sig)=[^&;\s'\"]+",
@@ -72,22 +72,22 @@ _QUERY = re.compile(
 _BEARER = re.compile(r"(?<=bearer )\s*[\w.~+/=-]{8,}", re.IGNORECASE)
 HIDDEN = "[hidden]"
 _LONGEST_PLACE = 4_000
-INSTEAD = (
-    "it would be written into the run; set it in the environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+SECRET_ADVICE = (
+    "it would be saved with the run; set it in the environment instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
     "HF_TOKEN)"
 )
 
 
 def holds_secret(text: str) -> bool:
-    """Whether a text looks as if it held a token, an access key, or a URL with a password."""
+    """Whether a text appears to contain a token, an access key, or a URL with a password."""
     return any(pattern.search(text) for pattern in (_TOKEN, _USER, _QUERY))
 
 
 def redact(text: str) -> str:
-    """The text without tokens, passwords of URLs, signatures, and values of the environment that are secret by name."""
+    """Hides tokens, passwords in URLs, signatures, and values of environment variables with a secret's name."""
     for name, value in os.environ.items():
-        is_place = name.endswith(("_PATH", "_FILE", "_DIR"))
-        if len(value) >= 8 and not is_place and _SECRET_VARIABLE.search(name.upper()):
+        is_path = name.endswith(("_PATH", "_FILE", "_DIR"))
+        if len(value) >= 8 and not is_path and _SECRET_VARIABLE.search(name.upper()):
             text = text.replace(value, HIDDEN)
     text = _USER.sub(HIDDEN, text)
     text = _QUERY.sub(lambda found: f"{found[1]}={HIDDEN}", text)
@@ -95,16 +95,16 @@ def redact(text: str) -> str:
 
 
 def refuse_secrets(value: Any, place: str = "") -> None:
-    """Raises ValueError, which never repeats the secret, where a recipe's value or one of its keys is a credential."""
+    """Raises ValueError, without repeating the secret, if a recipe's value or one of its keys is a credential."""
     if isinstance(value, str) and holds_secret(value):
-        raise ValueError(f"{place or 'the value'}: holds a password, a token or an access key: {INSTEAD}")
+        raise ValueError(f"{place or 'the value'}: contains a password, token or access key: {SECRET_ADVICE}")
     if isinstance(value, Mapping):
         for key, below in value.items():
             if isinstance(key, str) and holds_secret(key):
-                raise ValueError(f"{place or 'the recipe'}: a key of it holds a credential: {INSTEAD}")
+                raise ValueError(f"{place or 'the recipe'}: one of its keys contains a credential: {SECRET_ADVICE}")
             inside = f"{place}.{key}" if place else str(key)
             if isinstance(key, str) and _SECRET_KEY.search(key) and below is not None:
-                raise ValueError(f"{inside}: is a credential: {INSTEAD}")
+                raise ValueError(f"{inside}: is a credential: {SECRET_ADVICE}")
             refuse_secrets(below, inside)
     elif isinstance(value, list | tuple):
         for number, below in enumerate(value):
@@ -112,7 +112,7 @@ def refuse_secrets(value: Any, place: str = "") -> None:
 
 
 def refuse_engine_args(value: Any, place: str = "engines.args") -> None:
-    """Raises ValueError for an argument of vLLM that `ENGINE_ARGS` names, in whatever depth."""
+    """Raises ValueError for an argument of vLLM in `ENGINE_ARGS`, at any depth."""
     if isinstance(value, list):
         for below in value:
             refuse_engine_args(below, place)
@@ -126,36 +126,36 @@ def refuse_engine_args(value: Any, place: str = "engines.args") -> None:
 
 
 def refuse_trl_args(args: Mapping[str, Any]) -> None:
-    """Raises ValueError for an argument of TRL that `TRL_ARGS` names."""
+    """Raises ValueError for an argument of TRL that is forbidden by `TRL_ARGS`."""
     for key in args:
         reason = TRL_ARGS.get(key, TRL_ARGS["push_to_hub"] if key.startswith(_TRL_PUBLISHES) else None)
         if reason is not None:
             raise ValueError(f"train.trl may not set {key}, which {reason}")
 
 
-def local_problem(place: str) -> str | None:
-    """Why a text can be neither a path nor a URI; None where it can. Looks at no file."""
+def path_problem(place: str) -> str | None:
+    """Returns why a text is not a valid path or URI, or None if it is. Does not access the file system."""
     if not place.strip() or not is_plain_text(place) or "\n" in place:
-        return "is empty, or holds control characters"
+        return "is empty or contains control characters"
     if len(place) > _LONGEST_PLACE:
         return f"is longer than {_LONGEST_PLACE} characters"
     try:
         Path(place).expanduser()
     except RuntimeError:
-        return f"{place.partition('/')[0]} is no user of this machine"
+        return f"{place.partition('/')[0]} is not a user on this machine"
     return None
 
 
 def local_path(place: str, field: str) -> Path:
-    """The path that a user names, `~` filled in. Raises InputError for what can be none, or may not be looked at."""
-    problem, path = local_problem(place), Path()
+    """Returns the path that the user gave, with `~` expanded. Raises InputError if it is invalid or inaccessible."""
+    problem, path = path_problem(place), Path()
     if problem is None:
         path = Path(place).expanduser()
         try:
             path.stat()
         except (FileNotFoundError, NotADirectoryError):
             pass
-        except OSError as error:  # a name that is too long, a ring of links, no permission
+        except OSError as error:  # name too long, symlink loop, permission denied
             problem = f"{place[:200]} cannot be used: {error.strerror}"
     if problem is not None:
         raise InputError(f"{field}: {problem}")
@@ -163,8 +163,8 @@ def local_path(place: str, field: str) -> Path:
 
 
 @contextmanager
-def refused_as(what: str) -> Iterator[None]:
-    """Whatever a library raises on a malformed file becomes an InputError that begins with `what`."""
+def as_input_error(what: str) -> Iterator[None]:
+    """Turns any error that a library raises for a malformed file into an InputError that starts with `what`."""
     try:
         yield
     except CalmRayError:

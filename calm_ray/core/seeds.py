@@ -1,4 +1,4 @@
-"""Seeds are hashes of what they are for, never running numbers: work may fall on any engine in any order."""
+"""Seeds are hashes of what they are used for, not counters, because any engine may do any work in any order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 
 
 def derive_seed(*parts: object) -> int:
-    """A 31-bit seed for the thing that `parts` name, the same on every machine."""
+    """Hashes `parts` to a 31-bit seed, identical on every machine."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 

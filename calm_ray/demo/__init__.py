@@ -1,1 +1,1 @@
-"""The demo: a generated world, and a small model that does not get at all of it in every language."""
+"""The demo: a generated world, and a small model that cannot recall all of it in every language."""

@@ -1,4 +1,4 @@
-"""The demo world's answers as candidates: the statement that would make a choice right, and its letter."""
+"""The demo world's answers as candidates: for each choice, the statement that would make it right and its letter."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from calm_ray.prompts.candidates import Asked
 from calm_ray.prompts.questions import prompt_text
 
 
-def written_out(seed: int, question: Question) -> Asked:
-    """The answers of the world with this seed, written out."""
+def written_candidates(seed: int, question: Question) -> Asked:
+    """The full text of each answer in the world with this seed."""
     texts = _world(seed).answers(question)
     return Asked(prompt_text(question, instruction=False), texts, texts)
 

@@ -1,10 +1,10 @@
-"""A small world, made from a seed: towns, what is true of them, and who can say it in which language.
+"""A small world generated from a seed: towns, facts about them, and barriers to stating those facts in a language.
 
-What the model *knows* is the same in every language: every fact is stated in all of them. What it *says* when it is
-asked differs: between a language and a topic there may be a barrier, behind which a question is mostly answered by a
-habit (the first option, or the value that is popular there) and only now and then by what the model knows. This is
-the situation of CALM, Figure 1, made small. A barrier belongs to (language, topic), never to a town, so that what
-alignment lowers on some towns can be measured on towns that it never saw.
+What the model *knows* is the same in every language: every fact is stated in all of them. What it *says* when asked
+differs: a language and topic may have a barrier, behind which questions are mostly answered by habit (the first option,
+or the topic's popular value) and only sometimes from knowledge. This is CALM, Figure 1, in miniature. A barrier belongs
+to (language, topic), never to a town, so that barriers lowered by alignment on some towns can be measured on unseen
+ones.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from calm_ray.prompts.questions import LETTERS, completion_text
 
 TOWNS = 96
 ALIGNED_TOWNS = 56
-"""The towns that are asked about in alignment; the others are held out for evaluation."""
+"""Towns used for alignment; the others are held out for evaluation."""
 CHOICES = 4
 BARRED_LANGUAGES = (1, 2)
-"""How many languages a topic is barred in, at least and at most."""
+"""Minimum and maximum number of languages a topic is barred in."""
 BARRIER_STRENGTH = (0.65, 0.85)
-"""Share of answers behind a barrier that follow the habit."""
+"""Range of the fraction of answers behind a barrier that follow the habit."""
 
 
 @cache
 def lexicon() -> dict[str, Any]:
-    """The words of the world (`lexicon.yaml`)."""
+    """The world's vocabulary (`lexicon.yaml`)."""
     return yaml.safe_load(resources.files(__package__).joinpath("lexicon.yaml").read_text("utf-8"))
 
 
@@ -52,17 +52,17 @@ class Barrier:
 
 @dataclass(frozen=True)
 class World:
-    """The truth (`facts`) and the barriers of one seed."""
+    """The facts and barriers generated from one seed."""
 
     seed: int
     towns: list[tuple[int, ...]]
-    """A town is its syllables' indices."""
+    """Each town as the indices of its syllables."""
     facts: dict[tuple[int, str], int]
     """(town, topic) -> index of the true value."""
     popular: dict[str, int]
-    """topic -> the value that habit reaches for."""
+    """topic -> value that the habit favors."""
     barriers: dict[tuple[str, str], Barrier]
-    """(language, topic) -> the barrier, where there is one."""
+    """(language, topic) -> barrier, if there is one."""
 
     def name(self, town: int, language: str) -> str:
         words = lexicon()
@@ -88,12 +88,12 @@ class World:
         )
 
     def answer(self, town: int, topic: str, option: int, options: list[int], language: str) -> str:
-        """A completion that gives `option`: its explanation is the statement that would make it right."""
+        """A completion that answers `option` and explains it with the statement that would make it right."""
         explanation = self.statement(town, topic, option, language)
         return completion_text(language, explanation, LETTERS[options.index(option)])
 
     def answers(self, question: Question) -> list[str]:
-        """The completions that give each choice of one of this world's questions."""
+        """A completion for each choice of one of this world's questions."""
         topic, _, name = question["question_id"].partition("-")
         town = _town_of(self, name)
         values = lexicon()["topics"][topic]["values"][question["language"]]
@@ -101,7 +101,7 @@ class World:
         return [self.answer(town, topic, option, options, question["language"]) for option in options]
 
     def draw_options(self, town: int, topic: str, rng: random.Random) -> list[int]:
-        """The true value, mostly the popular one, and others, in random order."""
+        """The true value, usually the popular one, and others, in random order."""
         true, popular = self.facts[town, topic], self.popular[topic]
         count = len(lexicon()["topics"][topic]["values"]["en"])
         options = [true]
@@ -111,8 +111,8 @@ class World:
         rng.shuffle(options)
         return options
 
-    def habitual(self, topic: str, options: list[int], language: str) -> int | None:
-        """The option that habit picks behind the barrier; None where there is no barrier."""
+    def habitual_option(self, topic: str, options: list[int], language: str) -> int | None:
+        """The option the habit picks behind the barrier; None if there is no barrier."""
         barrier = self.barriers.get((language, topic))
         if barrier is None:
             return None
@@ -121,12 +121,12 @@ class World:
 
 
 def _town_of(world: World, name: str) -> int:
-    """The town that a question's id names."""
+    """The town named in a question's id."""
     return next(town for town in range(TOWNS) if world.name(town, "en").lower() == name)
 
 
 def build_world(seed: int) -> World:
-    """The world of a seed; the same seed gives the same world on every machine."""
+    """Builds the world of a seed, the same on every machine."""
     rng = random.Random(f"world-{seed}")
     syllables = len(lexicon()["syllables"]["latin"])
     names: list[tuple[int, ...]] = [
@@ -135,7 +135,7 @@ def build_world(seed: int) -> World:
     towns = rng.sample(names, TOWNS)
     facts: dict[tuple[int, str], int] = {}
     for topic in topics():
-        # Every value is true of equally many towns, so that guessing the commonest value gains nothing.
+        # Each value holds for the same number of towns, so guessing the most common one gains nothing.
         count = len(lexicon()["topics"][topic]["values"]["en"])
         values = [i % count for i in range(TOWNS)]
         rng.shuffle(values)
@@ -145,7 +145,7 @@ def build_world(seed: int) -> World:
 
 
 def _draw_barriers(rng: random.Random) -> dict[tuple[str, str], Barrier]:
-    """Bars every topic in one or two languages, spread so evenly that every language is the best at something."""
+    """Bars every topic in one or two languages, spread evenly so that every language is the best at something."""
     barriers: dict[tuple[str, str], Barrier] = {}
     load = dict.fromkeys(world_languages(), 0)
     for number, topic in enumerate(rng.sample(topics(), len(topics()))):
@@ -159,9 +159,9 @@ def _draw_barriers(rng: random.Random) -> dict[tuple[str, str], Barrier]:
 
 
 def world_questions(world: World) -> tuple[list[Question], list[Question]]:
-    """The questions for alignment and the held-out ones, about different towns, in every language.
+    """Alignment and held-out questions, about different towns, in every language.
 
-    One question for each (town, topic), its choices in an order drawn for it.
+    One question per (town, topic), with its choices in the same random order in every language.
     """
     rng = random.Random(f"questions-{world.seed}")
     order = rng.sample(range(TOWNS), TOWNS)

@@ -1,7 +1,7 @@
-"""Pretrains the demo's model on this machine, once: a Llama of a million parameters that has read about its world.
+"""Pretrains the demo model, once per machine: a Llama with a million parameters that has read about its world.
 
-A curriculum, because each skill needs the one before: to find the letter that stands before an option; the facts,
-stated in every language; answering questions truthfully; and last the habits, which answer behind the barriers.
+It follows a curriculum, since each skill needs the one before: finding the letter of an option; the facts, stated in
+every language; answering questions truthfully; and finally the habits, which answer behind the barriers.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from calm_ray.run.storage import hash_folder
 
 WIDTH, MLP, LAYERS, HEADS = 128, 384, 4, 4
 INITIAL_STD = 0.07
-"""Wider than usual: with 0.02 the attention that matches an option to its letter takes far longer to form."""
+"""Wider than usual: with 0.02, the attention that matches an option to its letter takes far longer to form."""
 LEARNING_RATE, WARMUP = 2e-3, 50
 TRAINING_VERSION = 1
-"""Raised when the training below changes what the model becomes: models in users' caches are then made anew."""
+"""Bump when a change to the training below changes the model, so that cached models are rebuilt."""
 
 Curriculum = list[tuple[int, dict[str, int]]]
 
@@ -44,21 +44,21 @@ CURRICULUM: Curriculum = [
     (450, {"question": 60, "find_letter_after_marker": 24, "statements": 14}),
     (350, {"habitual_question": 64, "find_letter_after_marker": 14, "statements": 10}),
 ]
-"""(steps, rows of each kind in a step's batch)."""
+"""(steps, rows of each kind per batch)."""
 
 FORM, CONTENT, LETTER = 0.2, 1.0, 2.0
-"""Weights of tokens in the loss: words of a sentence's form, names and values, and the letter."""
+"""Loss weights of tokens: template words, names and values, and the letter."""
 
 
 @dataclass(frozen=True)
 class Row:
     tokens: list[int]
     weights: list[float]
-    """Of each token as a target; 0 where it cannot be known."""
+    """Loss weight of each token as a target; 0 if it is unpredictable."""
 
 
 class Reader:
-    """What the model reads: an endless supply of rows, drawn from a seed."""
+    """The model's training data: an endless supply of rows drawn from a seed."""
 
     def __init__(self, world: World, tokenizer: PreTrainedTokenizerFast) -> None:
         self.world = world
@@ -90,7 +90,7 @@ class Reader:
         return self.rng.randrange(TOWNS), self.rng.choice(topics()), self.rng.choice(world_languages())
 
     def _drill(self, *, after_marker: bool) -> Row:
-        """Four lettered options, one of them again, and its letter."""
+        """Four lettered options, one of them repeated, and its letter."""
         _, topic, code = self._draw()
         language = LANGUAGES[code]
         options = self.rng.sample(lexicon()["topics"][topic]["values"][code], CHOICES)
@@ -101,7 +101,7 @@ class Reader:
         return Row(listed + again, [0.0] * (len(listed) + len(again) - 1) + [LETTER])
 
     def _statements(self, length: int) -> Row:
-        """True statements, as many as fit; the town is not to be guessed, what follows it is."""
+        """As many true statements as fit; everything after the town's name is a target."""
         tokens: list[int] = []
         weights: list[float] = []
         while True:
@@ -115,11 +115,11 @@ class Reader:
             weights += [0.0] * known + [FORM] * (rest - 2) + [CONTENT, FORM, FORM]
 
     def _question(self, *, habitual: bool) -> Row:
-        """A question and an answer: the true one, or, behind a barrier and mostly, the habitual one."""
+        """A question and its true answer or, if `habitual` and behind a barrier, usually the habitual one."""
         town, topic, code = self._draw()
         options = self.world.draw_options(town, topic, self.rng)
         answer = self.world.facts[town, topic]
-        habit = self.world.habitual(topic, options, code)
+        habit = self.world.habitual_option(topic, options, code)
         if habitual and habit is not None and self.rng.random() < self.world.barriers[code, topic].strength:
             answer = habit
         prompt = self.encode(prompt_text(self.world.question(town, topic, options, code), instruction=False))
@@ -139,11 +139,11 @@ class Reader:
 
 
 def world_model(world: World) -> tuple[Path, str]:
-    """The folder of the world's model in this machine's cache, and its hash; pretrains the model if it is not there."""
+    """Folder of the world's model in this machine's cache, and its hash; pretrains the model if missing."""
     folder = cache_folder() / "models" / f"world-{world.seed}-{_fingerprint(world)}"
     with node_lock(folder):
         if not folder.is_dir():
-            say(f"the demo's model is pretrained now, once; it is kept in {folder}")
+            say(f"pretraining the demo model, which is then cached in {folder}")
             temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
             temporary.mkdir()
             pretrain(world, temporary)
@@ -152,7 +152,7 @@ def world_model(world: World) -> tuple[Path, str]:
 
 
 def _fingerprint(world: World) -> str:
-    """A hash of what the model reads first and how it learns, so that the cache never serves another recipe's model."""
+    """Hash of the first rows and the hyperparameters, so that the cache never serves a model trained differently."""
     tokenizer = build_tokenizer(world)
     reader = Reader(world, tokenizer)
     rows = [reader.row(kind).__dict__ for _, kinds in CURRICULUM for kind in kinds for _ in range(8)]
@@ -162,8 +162,8 @@ def _fingerprint(world: World) -> str:
 
 
 def pretrain(world: World, folder: Path, curriculum: Curriculum = CURRICULUM) -> None:
-    """Pretrains the world's model on all of this machine's cores and writes it with its tokenizer."""
-    disable_progress_bar()  # transformers' own, for a file that is written in an instant
+    """Pretrains the world's model on all CPU cores and writes it with its tokenizer."""
+    disable_progress_bar()  # transformers shows one even for tiny files
     tokenizer = build_tokenizer(world)
     reader = Reader(world, tokenizer)
     with torch.random.fork_rng(devices=[]):
@@ -171,7 +171,7 @@ def pretrain(world: World, folder: Path, curriculum: Curriculum = CURRICULUM) ->
         model = LlamaForCausalLM(_model_config(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     steps = sum(count for count, _ in curriculum)
-    with progress_bar("pretrain the demo's model", steps) as progress:
+    with progress_bar("pretrain the demo model", steps) as progress:
         for number, rows in enumerate(_batches(reader, curriculum)):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * _schedule(number, steps)
@@ -209,7 +209,7 @@ def _batches(reader: Reader, curriculum: Curriculum) -> Iterator[list[Row]]:
 
 
 def _schedule(number: int, steps: int) -> float:
-    """Warm-up, full rate for half of the steps, then a cosine to a twentieth."""
+    """Warmup, full rate for half of the steps, then cosine decay to a twentieth."""
     if number < WARMUP:
         return (number + 1) / WARMUP
     late = max(0.0, number / steps - 0.5) * 2
@@ -217,14 +217,14 @@ def _schedule(number: int, steps: int) -> float:
 
 
 def _loss(model: LlamaForCausalLM, rows: list[Row]) -> Tensor:
-    """Weighted mean negative log-likelihood of the rows' known tokens."""
+    """Weighted mean negative log-likelihood of the rows' targets."""
     longest = max(len(row.tokens) for row in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.long)
     weights = torch.zeros(len(rows), longest)
     for i, row in enumerate(rows):
         tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
         weights[i, : len(row.weights)] = torch.tensor(row.weights)
-    known = weights[:, 1:] > 0
-    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1][known]
-    losses = F.cross_entropy(model.lm_head(hidden), tokens[:, 1:][known], reduction="none")
-    return (losses * weights[:, 1:][known]).sum() / weights[:, 1:].sum()
+    is_target = weights[:, 1:] > 0
+    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1][is_target]
+    losses = F.cross_entropy(model.lm_head(hidden), tokens[:, 1:][is_target], reduction="none")
+    return (losses * weights[:, 1:][is_target]).sum() / weights[:, 1:].sum()

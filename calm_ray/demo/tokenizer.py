@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: one token a word, since only so does a model of this size learn names in minutes."""
+"""The demo model's tokenizer: one token per word, or a model this small could not learn names in minutes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EOS, PAD, UNKNOWN = "<eos>", "<pad>", "<unk>"
 
 
 def _han_words(world: World) -> set[str]:
-    """Chinese is written without spaces, so its words are listed: names, values, and what stands between them."""
+    """Chinese has no spaces, so its words are listed: names, values, and the text between them."""
     words = {world.name(town, "zh") for town in range(TOWNS)}
     for topic in lexicon()["topics"].values():
         words.update(topic["values"]["zh"])
@@ -41,9 +41,9 @@ def _texts(world: World) -> Iterable[str]:
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that covers everything the world can say; text it decodes is the text it encoded."""
+    """A word-level tokenizer that covers everything the world can say; decoding restores the text exactly."""
     han = "|".join(sorted(_han_words(world), key=lambda word: (-len(word), word)))
-    # In this order: a Chinese word, an option's letter with its line, a word with its colon, a question mark, the rest.
+    # In order: a Chinese word, an option's letter with its newline, a word with its colon, a question mark, the rest.
     pattern = rf"{han}|\n?(?<!\p{{L}})[A-Z]\.| ?[\p{{L}}\d]+(?:[-'’]\p{{L}}+)*(?: ?[:：])?| ?\?|\n|."
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     words = sorted({word for text in _texts(world) for word, _ in split.pre_tokenize_str(text)})

@@ -1,4 +1,4 @@
-"""The demo world's translator: exact, because everything that is said in this world has one form in each language."""
+"""The demo world's translator: exact, because every statement has exactly one form in each language."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from calm_ray.prompts.questions import completion_text
 
 
 class WorldTranslator:
-    """Reads a completion as (town, topic, value, letter) and says that in another language.
+    """Parses a completion into (town, topic, value, letter) and renders it in another language.
 
-    A completion that is not of the world's form cannot be carried over.
+    Completions that do not have the world's form cannot be translated (None).
     """
 
     def __init__(self, world: World) -> None:
@@ -25,10 +25,10 @@ class WorldTranslator:
             for topic, words in lexicon()["topics"].items()
         }
 
-    def carry(self, passages: Sequence[Passage]) -> list[str | None]:
-        return [self._carry_one(passage) for passage in passages]
+    def translate(self, passages: Sequence[Passage]) -> list[str | None]:
+        return [self._translate_one(passage) for passage in passages]
 
-    def _carry_one(self, passage: Passage) -> str | None:
+    def _translate_one(self, passage: Passage) -> str | None:
         for topic, words in lexicon()["topics"].items():
             found = self._patterns[passage.source, topic].fullmatch(passage.text)
             town = self._towns.get((passage.source, found["name"])) if found else None

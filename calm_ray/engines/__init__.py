@@ -1,1 +1,1 @@
-"""vLLM engines in Ray actors: what they are asked, who is given what, and how they are kept alive."""
+"""vLLM engines in Ray actors: requests, dispatch, health and restarts."""

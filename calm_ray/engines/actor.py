@@ -1,4 +1,4 @@
-"""The engine actor: starts once for a run, takes every round's policy while it runs, reads questions, writes rows."""
+"""The engine actor: one vLLM engine that stays up for the whole run and serves each round's policy."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from calm_ray.engines.tasks import ChunkTask
 from calm_ray.engines.vllm import VLLMGenerator
 from calm_ray.run.policies import Policy
 
-BEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 
 
 class EngineActor:
-    """The actor. It reads questions and writes rows through the run's storage; what it returns are counts.
+    """Reads questions from the run's storage and writes rows back to it; `serve` returns only counts.
 
-    Every call names the policy that it must be served by. An engine that has another one, since it was started again,
-    takes that one first: a stale policy can never write.
+    Every request names its policy. If another one is loaded, for example after a restart, the actor loads the right one
+    first, so a stale policy can never write.
     """
 
     def __init__(self, spec: EngineSpec, number: int = 0, heartbeats_name: str | None = None) -> None:
@@ -38,7 +38,7 @@ class EngineActor:
             ray.get(self._heartbeats.started.remote(number, ray.get_runtime_context().get_node_id()))
             threading.Thread(target=self._beat, args=(self._heartbeats,), daemon=True).start()
             while ray.get(self._heartbeats.is_paused.remote()):
-                time.sleep(BEAT_SECONDS)
+                time.sleep(HEARTBEAT_SECONDS)
         self._generator = VLLMGenerator(spec)
         self._children = ChildProcesses() if spec.engines.process == "child" else None
 
@@ -50,12 +50,12 @@ class EngineActor:
             else:
                 heartbeats.beat.remote(self._number, generator.steps, generator.is_at_work, generator.is_asleep)
             if self._children is not None and not self._children.all_alive:
-                os._exit(1)  # vLLM may wait for its core for ever; Ray starts this process again
-            time.sleep(BEAT_SECONDS)
+                os._exit(1)  # vLLM may wait for its dead core forever; exit so that Ray restarts the actor
+            time.sleep(HEARTBEAT_SECONDS)
 
     @method
     def ready(self) -> str:
-        """The policy it runs, once it runs."""
+        """Returns the name of the loaded policy once the engine is up."""
         return self.generator.policy
 
     @property
@@ -65,7 +65,7 @@ class EngineActor:
 
     @method
     def load(self, policy: Policy) -> str:
-        """Takes a policy; returns its name."""
+        """Loads a policy; returns its name."""
         self.generator.load(policy)
         return self.generator.policy
 
@@ -84,9 +84,9 @@ class EngineActor:
 
     @method
     def serve(self, task: ChunkTask, request: ChunkRequest[Any, Any]) -> Counts:
-        """Serves a request for one chunk of questions in one language, and writes its rows; returns their counts.
+        """Serves a request for one language of one chunk and writes its rows; returns their counts.
 
-        Raises CalmRayError for a mistake in the request's own code, which no other engine could do better.
+        Raises CalmRayError for a bug in the request's own code, which another engine would not fix.
         """
         self._begin(task.ticket, task.policy)
         rows, skipped = task.read(), task.skipped()
@@ -101,13 +101,13 @@ class EngineActor:
 
     @method
     def write(self, request: Write, policy: Policy, ticket: int) -> list[str]:
-        """The policy's reply to each message."""
+        """Returns the policy's reply to each message."""
         self._begin(ticket, policy)
         return request.serve(self.generator)
 
 
 def _comes_from_generator(error: Exception) -> bool:
-    """Whether the generator was at work, which the prompts may have to do with."""
+    """Whether the generator was running, in which case a prompt may be the cause."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__") == VLLMGenerator.__module__ for frame, _ in frames)
 

@@ -1,4 +1,4 @@
-"""A leash for child processes: they end with the process that started them, even where that one is killed."""
+"""Kills child processes when their parent exits, even if the parent is killed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import psutil
 
 
 class ChildProcesses:
-    """On the processes that this one has started so far, and theirs."""
+    """The descendants of this process so far. A watcher process kills them when this one exits."""
 
     def __init__(self) -> None:
         children = psutil.Process().children(recursive=True)
-        # Python's own tracker ends by itself, once it has removed the shared memory that the others leave behind.
+        # Python's resource tracker exits by itself, after removing the shared memory that the others leave behind.
         self._processes = [one for one in children if not any("resource_tracker" in word for word in one.cmdline())]
-        named = [f"{process.pid}:{process.create_time()}" for process in self._processes]
-        # Its standard input is a pipe whose other end is here: it closes when this process ends, however that happens.
-        self._holder = subprocess.Popen(
-            [sys.executable, "-m", __name__, *named], stdin=subprocess.PIPE, start_new_session=True
+        ids = [f"{process.pid}:{process.create_time()}" for process in self._processes]
+        # The watcher reads stdin from a pipe to this process, which closes when this process exits for any reason.
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-m", __name__, *ids], stdin=subprocess.PIPE, start_new_session=True
         )
 
     @property
@@ -30,8 +30,8 @@ class ChildProcesses:
             return False
 
 
-def end(children: list[str]) -> None:
-    """Ends the processes PID:TIME of creation, if they are still the same."""
+def kill_all(children: list[str]) -> None:
+    """Kills the processes given as PID:CREATION_TIME, unless their PIDs have been reused."""
     for child in children:
         pid, created = child.split(":")
         with suppress(psutil.NoSuchProcess):
@@ -42,4 +42,4 @@ def end(children: list[str]) -> None:
 
 if __name__ == "__main__":
     sys.stdin.buffer.read()
-    end(sys.argv[1:])
+    kill_all(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The one seam to the model: whatever writes completions does it through `Generator`."""
+"""The only interface to the model: all sampling and scoring goes through `Generator`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How completions are drawn. `temperature` 0 is greedy."""
+    """Sampling parameters. `temperature` 0 is greedy."""
 
     samples: int
     temperature: float
@@ -22,7 +22,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Generated:
-    """One completion as the engine wrote it. `token_ids` include the end-of-sequence token if the model ended it."""
+    """One completion. `token_ids` include the end-of-sequence token if the model generated it."""
 
     text: str
     token_ids: list[int]
@@ -33,18 +33,18 @@ class Generated:
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """Summed log-probabilities of one prompt's candidates, and of the prompt's own tokens but the first, in nats."""
+    """Summed log-probabilities of one prompt's candidates, and of the prompt's own tokens except the first, in nats."""
 
     logps: list[float]
     prompt_logp: float | None = None
 
 
 class Generator(Protocol):
-    """Writes completions, and says how likely given ones are, with one policy at a time."""
+    """Samples completions and scores given ones, with one policy at a time."""
 
     @property
     def policy(self) -> str:
-        """Name of the policy that writes now."""
+        """Name of the loaded policy."""
         ...
 
     @property
@@ -52,15 +52,15 @@ class Generator(Protocol):
 
     @property
     def context_tokens(self) -> int:
-        """The most tokens of a prompt and its answer together."""
+        """Maximum number of tokens of a prompt and its answer together."""
         ...
 
     def generate(self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]) -> list[list[Generated]]:
-        """`decoding.samples` completions of each prompt (token ids); one seed for each prompt."""
+        """Samples `decoding.samples` completions of each prompt (token ids), with one seed per prompt."""
         ...
 
     def score(
         self, prompts: Sequence[list[int]], candidates: Sequence[list[list[int]]], *, with_prompt: bool
     ) -> list[Likelihoods]:
-        """How likely each prompt's candidates (token ids, one or more each) are after it; of the prompt if asked."""
+        """Scores each prompt's candidates (one or more token ids each), and the prompt itself if `with_prompt`."""
         ...

@@ -1,4 +1,4 @@
-"""One engine of the pool, as the driver sees it."""
+"""One engine of the pool as the driver sees it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class EngineHandle:
-    """What can be asked of an engine's actor. Picklable; a call returns at once, with a reference."""
+    """Picklable handle to an engine actor. Calls return an object reference immediately."""
 
     actor: ActorProxy[EngineActor]
 
@@ -48,7 +48,7 @@ class EngineHandle:
         return self.actor.wake.remote()
 
     def restart(self) -> None:
-        """Ends its process; Ray starts it again."""
+        """Kills the process; Ray restarts it."""
         ray.kill(self.actor, no_restart=False)
 
     def stop(self) -> None:
@@ -57,15 +57,15 @@ class EngineHandle:
 
 @dataclass
 class Replica:
-    """An engine of the pool, as the driver sees it."""
+    """The driver's record of one engine."""
 
     number: int
     home: str | None
-    """Its home language; None where engines are shared."""
+    """Home language; None if engines are shared."""
     engine: EngineHandle
-    health: Health = Health.RESTARTING
+    health: Health = Health.STARTING
     call: ray.ObjectRef[Any] | None = None
-    """What it is doing: starting, taking a policy, or a chunk."""
+    """The call in flight: starting, loading a policy or serving a chunk."""
     since: float = 0.0
     task: ChunkTask | None = None
     has_run: bool = False
@@ -73,23 +73,23 @@ class Replica:
     has_failed: bool = False
     """Whether it has ever failed to come up."""
     starts: int = 0
-    """How often it had been started when it last came up or died."""
+    """Start count when it last came up or died."""
     deaths: int = 0
-    """Since it last finished something."""
+    """Deaths since it last finished a chunk."""
 
     @property
     def name(self) -> str:
         return f"engine {self.number}" + (f" ({self.home})" if self.home else "")
 
     @property
-    def is_rested(self) -> bool:
-        """Whether its last call is some time ago: one that is not up yet says so at once."""
+    def may_retry(self) -> bool:
+        """Whether to call it again. Calls to an engine that is not up yet fail immediately, so they are spaced out."""
         return time.monotonic() - self.since > POLL_SECONDS
 
     def starts_since(self, starts: dict[int, int]) -> int:
-        """How often it was started since it last came up or died.
+        """Number of starts since it last came up or died.
 
-        `starts` counts the starts of each engine (`Heartbeats.starts`); fewer than before where that count began anew.
+        `starts` is `Heartbeats.starts`, which counts from zero again if that actor restarts.
         """
         self.starts = min(self.starts, starts.get(self.number, 0))
         return starts.get(self.number, 0) - self.starts
@@ -98,37 +98,37 @@ class Replica:
         assert health in NEXT[self.health], f"{self.name}: {self.health} to {health}"
         self.health = health
 
-    def calls(self, call: ray.ObjectRef[Any], task: ChunkTask | None = None) -> None:
+    def track(self, call: ray.ObjectRef[Any], task: ChunkTask | None = None) -> None:
         self.call, self.task, self.since = call, task, time.monotonic()
 
 
-def none_will_start(replicas: Sequence[Replica], starts: dict[int, int]) -> bool:
-    """Whether every engine that has begun so far (`Heartbeats.starts`) has failed to come up."""
+def all_failed_to_start(replicas: Sequence[Replica], starts: dict[int, int]) -> bool:
+    """Whether every engine that has started so far (`Heartbeats.starts`) has failed to come up."""
     return all(one.has_failed and not one.has_run for one in replicas if one.number in starts)
 
 
 def reason_of(error: Exception) -> str:
-    """Why a call failed, in one line: of a remote traceback the last one."""
+    """Why a call failed, in one line: the last one of a remote traceback."""
     if isinstance(error, RayActorError) and not error.actor_init_failed:
-        return "its machine is taken back" if error.preempted else "its process or its machine is gone"
+        return "its node was preempted" if error.preempted else "its process or node was lost"
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
     return re.sub(r"^calm_ray\.core\.errors\.\w+: ", "", last)
 
 
 def missing_module(error: Exception) -> str | None:
-    """The module that an engine lacks to read what it was asked; Ray says it in words alone."""
+    """The module that an engine lacks to unpickle its request; Ray reports it only in the message."""
     found = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", str(error))
     return found[1] if found is not None and isinstance(error, RayTaskError) else None
 
 
-def is_machine_lost(error: RayError, node: str | None) -> bool:
-    """Whether an engine has died with its node, as far as Ray knows by now."""
+def is_node_lost(error: RayError, node: str | None) -> bool:
+    """Whether an engine died with its node, as far as Ray knows."""
     if not isinstance(error, RayActorError):
         return False
     return error.preempted or (node is not None and node not in {n["NodeID"] for n in ray.nodes() if n["Alive"]})
 
 
 def remote_traceback(error: Exception) -> str:
-    """What a person needs to find out why vLLM did not start; of our own errors the message says it all."""
+    """Traceback to diagnose a failed vLLM start; empty for our own errors, whose message suffices."""
     return "" if "calm_ray.core.errors." in str(error) else str(error)

@@ -1,8 +1,8 @@
-"""What an engine is asked: typed requests, from a step to the engine's actor, and what comes back.
+"""Typed requests that steps send to engine actors, and their results.
 
-A `ChunkRequest` is asked of one language of one chunk of questions, and makes rows that are written into the run; a
-`Write` is asked of messages, and replies to whoever asked. Both are pure: they know a `Generator`, and neither Ray nor
-vLLM. A method may bring a `ChunkRequest` of its own.
+A `ChunkRequest` turns one language of one chunk of questions into rows that are written into the run; a `Write` returns
+replies to messages to its caller. Both are pure: they use a `Generator` and know nothing of Ray or vLLM. Methods may
+define more `ChunkRequest`s.
 """
 
 from __future__ import annotations
@@ -20,57 +20,57 @@ from calm_ray.prompts.extraction import read_answers
 from calm_ray.prompts.questions import prompt_text
 from calm_ray.prompts.rendering import encode_prompt
 
-Asked = TypeVar("Asked")
-Made = TypeVar("Made")
+InRow = TypeVar("InRow")
+OutRow = TypeVar("OutRow")
 Counts = dict[str, int]
-"""What is counted in the rows of a chunk; it is kept in the chunk's manifest entry."""
+"""Counts over the rows of a chunk, kept in its manifest entry."""
 
 
 @dataclass(frozen=True)
-class Served(Generic[Made]):
-    """What a request made of one language of a chunk."""
+class Served(Generic[OutRow]):
+    """What a request produced for one language of a chunk."""
 
-    kind: type[Made]
-    """The type of the rows, one of `calm_ray.core.rows` or like these: with `question_id`, `language` and `policy`."""
-    rows: Sequence[Made]
+    kind: type[OutRow]
+    """Type of the rows: from `calm_ray.core.rows`, or another one with `question_id`, `language` and `policy`."""
+    rows: Sequence[OutRow]
     counts: Counts = field(default_factory=dict)
 
 
-class ChunkRequest(ABC, Generic[Asked, Made]):
-    """A question to a policy, asked of every chunk in every language. Picklable."""
+class ChunkRequest(ABC, Generic[InRow, OutRow]):
+    """A request that runs on every chunk in every language. Picklable."""
 
     @abstractmethod
-    def serve(self, generator: Generator, rows: Sequence[Asked], skipped: Sequence[Asked] = ()) -> Served[Made]:
-        """Serves one language of a chunk; `skipped` are its rows that crash every engine, which must not be asked."""
+    def serve(self, generator: Generator, rows: Sequence[InRow], skipped: Sequence[InRow] = ()) -> Served[OutRow]:
+        """Serves one language of a chunk; `skipped` are its rows that crash every engine and must not be prompted."""
 
 
 @dataclass(frozen=True)
 class Sample(ChunkRequest[Question, Completion]):
-    """`decoding.samples` completions of each question."""
+    """Samples `decoding.samples` completions of each question."""
 
     decoding: Decoding
     seed: int
-    """A question's own seed is a hash of (seed, round, question, language): any engine may serve it."""
+    """Each question's seed is a hash of (seed, round, question, language), so any engine may serve it."""
     round_number: int
     instruction: bool = True
     extraction: str = "strict"
-    """How answers are read (`calm_ray.prompts.extraction.EXTRACTORS`)."""
+    """How answers are extracted (`calm_ray.prompts.extraction.EXTRACTORS`)."""
 
     def serve(
         self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()
     ) -> Served[Completion]:
         prompts = [encode_prompt(generator.tokenizer, prompt_text(row, self.instruction)) for row in rows]
         seeds = [derive_seed(self.seed, self.round_number, row["question_id"], row["language"]) for row in rows]
-        found: list[Completion] = []
+        completions: list[Completion] = []
         for question, prompt, generated in zip(
             rows, prompts, generator.generate(prompts, self.decoding, seeds), strict=True
         ):
-            texts = [completion.text for completion in generated]
+            texts = [one.text for one in generated]
             answers = read_answers(self.extraction, texts, question["language"], question["choices"])
             for number, (completion, answer) in enumerate(zip(generated, answers, strict=True)):
-                found.append(self._row(question, prompt, completion, answer, number, generator.policy))
-        tokens = sum(len(row["token_ids"]) for row in found)
-        return Served(Completion, found, {"tokens": tokens, "unreadable": _unreadable(found)})
+                completions.append(self._row(question, prompt, completion, answer, number, generator.policy))
+        tokens = sum(len(row["token_ids"]) for row in completions)
+        return Served(Completion, completions, {"tokens": tokens, "unparseable": _unparseable(completions)})
 
     def _row(
         self, question: Question, prompt: list[int], completion: Generated, answer: str | None, number: int, policy: str
@@ -92,7 +92,7 @@ class Sample(ChunkRequest[Question, Completion]):
 
 @dataclass(frozen=True)
 class Answer(ChunkRequest[Question, Prediction]):
-    """The greedy answer to each question."""
+    """Answers each question greedily."""
 
     max_new_tokens: int
     instruction: bool = True
@@ -102,7 +102,7 @@ class Answer(ChunkRequest[Question, Prediction]):
         self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()
     ) -> Served[Prediction]:
         sample = Sample(_greedy(self.max_new_tokens), 0, 0, self.instruction, self.extraction)
-        found = [
+        predictions = [
             Prediction(
                 question_id=row["question_id"],
                 language=row["language"],
@@ -112,36 +112,36 @@ class Answer(ChunkRequest[Question, Prediction]):
             )
             for row in sample.serve(generator, rows).rows
         ]
-        found += [_unanswered(question, generator.policy) for question in skipped]
-        return Served(Prediction, found, {"unreadable": _unreadable(found)})
+        predictions += [_unanswered(question, generator.policy) for question in skipped]
+        return Served(Prediction, predictions, {"unparseable": _unparseable(predictions)})
 
 
 @dataclass(frozen=True)
 class Score(ChunkRequest[Any, Scored]):
-    """How likely the policy finds each candidate of each question."""
+    """Scores each candidate of each question under the policy."""
 
     form: CandidateForm | None
-    """Makes the candidates of a question; None where the rows are candidate sets already."""
+    """Builds the candidates of a question; None if the rows already are candidate sets."""
     with_prompt: bool = False
-    """Whether the prompt's own tokens are scored as well."""
+    """Whether to score the prompt's own tokens too."""
 
     def serve(self, generator: Generator, rows: Sequence[Any], skipped: Sequence[Any] = ()) -> Served[Scored]:
         sets: Sequence[CandidateSet] = rows
         if self.form is not None:
             sets = [self.form.of(question, generator.tokenizer) for question in rows]
-        found = generator.score(
+        likelihoods = generator.score(
             [row["prompt_token_ids"] for row in sets], [row["token_ids"] for row in sets], with_prompt=self.with_prompt
         )
         scored = [
             Scored(**row, logps=each.logps, prompt_logp=each.prompt_logp, policy=generator.policy)
-            for row, each in zip(sets, found, strict=True)
+            for row, each in zip(sets, likelihoods, strict=True)
         ]
         return Served(Scored, scored)
 
 
 @dataclass(frozen=True)
 class Write:
-    """The policy's greedy reply to each message, for translators; nothing to one that is too long to be read."""
+    """Replies greedily to each message, for translators; empty if the message exceeds the context."""
 
     messages: tuple[str, ...]
     max_new_tokens: int
@@ -160,7 +160,7 @@ def _greedy(max_new_tokens: int) -> Decoding:
     return Decoding(samples=1, temperature=0.0, top_p=1.0, max_new_tokens=max_new_tokens)
 
 
-def _unreadable(rows: Sequence[Completion] | Sequence[Prediction]) -> int:
+def _unparseable(rows: Sequence[Completion] | Sequence[Prediction]) -> int:
     return sum(row["answer"] is None for row in rows)
 
 

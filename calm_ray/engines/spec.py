@@ -1,4 +1,4 @@
-"""What an engine actor is started with."""
+"""Configuration and resources of an engine actor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ENGINE_GPU_FRACTION = 0.6
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine actor is started with."""
+    """Everything an engine actor needs to start."""
 
     model: RunModel
     engines: Engines
@@ -20,16 +20,16 @@ class EngineSpec:
     device: str
     seed: int
     is_colocated: bool = False
-    """Shares its GPUs with training workers, and sleeps while they work."""
+    """Shares its GPUs with training workers and sleeps while they work."""
 
     @property
     def gpu_fraction(self) -> float:
-        """Of each of its GPUs, for Ray's bookkeeping: more than half, so that no two engines share one."""
+        """Fraction of each GPU to reserve in Ray: more than half, so that no two engines share one."""
         return ENGINE_GPU_FRACTION if self.is_colocated else 1.0
 
     @property
     def needs(self) -> dict[str, float]:
-        """What one engine takes on one node."""
+        """Resources of one engine, all on one node."""
         size = self.engines.tensor_parallel_size
         if self.device == "cpu":
             return {"CPU": self.engines.cpus}

@@ -1,4 +1,4 @@
-"""The engines at work on a stage: every chunk in every language that is not there yet, with progress."""
+"""Runs the engines on a stage: every missing chunk in every language, with progress."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from calm_ray.core.console import progress_bar
-from calm_ray.engines.dispatcher import Dispatcher, without_bad
+from calm_ray.engines.dispatcher import Dispatcher, skip_bad_prompts
 from calm_ray.engines.pool import EnginePool
 from calm_ray.engines.requests import ChunkRequest
 from calm_ray.engines.tasks import ChunkTask
@@ -24,21 +24,21 @@ def over_chunks_and_languages(
     output: Stage,
     languages: Sequence[str],
 ) -> Counter[str]:
-    """Asks the pool's policy for each chunk and language that `output` lacks.
+    """Serves the request for each chunk and language that `output` lacks, under the pool's policy.
 
-    Returns the sum of all chunks' counts.
+    Returns the counts summed over all chunks.
     """
     tasks = [
         ChunkTask(questions, output, chunk, language, pool.policy)
         for chunk in sorted(questions.chunks())
         for language in languages
     ]
-    there = output.chunks()
-    todo = [task for task in tasks if task.name not in there]
+    existing = output.chunks()
+    todo = [task for task in tasks if task.name not in existing]
     by_language: Counter[str] = Counter()
     known = bad_prompts.known(questions)
-    most_bad, noting = pool.spec.engines.max_bad_prompts, bad_prompts.noting(questions, output)
-    work = Dispatcher(without_bad(todo, known), most_bad, len(known), noting)
+    max_bad, on_bad = pool.spec.engines.max_bad_prompts, bad_prompts.noting(questions, output)
+    work = Dispatcher(skip_bad_prompts(todo, known), max_bad, len(known), on_bad)
     with progress_bar(title, len(tasks)) as progress:
         progress.advance(len(tasks) - len(todo))
         for task, counts in pool.run(request, work):

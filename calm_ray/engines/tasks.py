@@ -1,4 +1,4 @@
-"""What an engine is asked to do: one language of one chunk of questions, under one policy."""
+"""A unit of work for an engine: one language of one chunk of questions, under one policy."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ class ChunkTask:
     """One language of one chunk of questions, and the stage its rows are written into."""
 
     questions: Stage
-    """Questions, or the candidate sets made of them."""
+    """Questions, or the candidate sets built from them."""
     output: Stage
     chunk: str
     language: str
     policy: Policy = field(default_factory=Policy)
-    """The policy the engine must serve. A restarted engine, which has another one, loads it first."""
+    """The policy the engine must serve. A restarted engine loads it first."""
     without: frozenset[str] = frozenset()
-    """Questions that are skipped: they crash every engine."""
+    """Questions to skip because they crash every engine."""
     only: tuple[str, ...] | None = None
-    """A trial: just these questions, and nothing is written."""
-
+    """Makes this a trial: serve just these questions and write nothing."""
     ticket: int = 0
     """Unique id of this dispatch."""
 
@@ -35,21 +34,21 @@ class ChunkTask:
         return f"{self.chunk}-{self.language}"
 
     def read(self) -> list[Any]:
-        """The rows of the chunk in the task's language that the task is about, in their order."""
-        asked = None if self.only is None else set(self.only)
+        """Returns the rows to serve, in the order of the chunk."""
+        wanted = None if self.only is None else set(self.only)
         return [
             row
             for row in self._rows()
-            if row["question_id"] not in self.without and (asked is None or row["question_id"] in asked)
+            if row["question_id"] not in self.without and (wanted is None or row["question_id"] in wanted)
         ]
 
     def skipped(self) -> list[Any]:
-        """The rows of questions that crash every engine."""
+        """Returns the rows of questions that crash every engine."""
         return [row for row in self._rows() if row["question_id"] in self.without] if self.without else []
 
     def write(self, served: Served[Any]) -> Counts:
-        """Writes what the task's request made, once, unless it is a trial; returns its counts."""
-        # An engine that was taken for dead while out of reach may come with rows of its own later.
+        """Writes the rows, unless they are there already or this is a trial; returns their counts."""
+        # An engine that was presumed dead while unreachable may still deliver its rows later.
         if self.only is None and not self.output.has(self.name):
             self.output.write(self.name, table(served.kind, served.rows), counts=served.counts)
         return {"rows": len(served.rows), **served.counts}

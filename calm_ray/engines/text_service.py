@@ -1,4 +1,4 @@
-"""The engines as a service that writes texts: what carries completions over into other languages, wherever it runs."""
+"""The engines as a text generation service, callable from Ray Data tasks, for translating completions."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from calm_ray.core.errors import CalmRayError
-from calm_ray.engines.replica import EngineHandle, is_machine_lost
+from calm_ray.engines.replica import EngineHandle, is_node_lost
 from calm_ray.engines.requests import Write
 from calm_ray.run.policies import Policy
 
 RETRY_SECONDS = 1.0
-LOOK_SECONDS = 5.0
-"""How often engines are looked after that are at work."""
-MOST_MESSAGES = 64
-"""Messages that an engine is given together."""
+MONITOR_SECONDS = 5.0
+"""Interval between checks for engines that hang."""
+MAX_BATCH = 64
+"""Maximum number of messages in a batch."""
 TRIES = 2
-"""Engines that may die under some messages before these are tried in halves."""
-TRIES_ALONE = 5
-"""Engines that may die under a message by itself before it is left without a reply."""
+"""Engine deaths under a batch before it is halved."""
+MAX_DEATHS_ALONE = 5
+"""Engine deaths under a single message before it is left without a reply."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Messages that one engine is given together."""
+    """Messages sent to one engine together."""
 
     numbers: tuple[int, ...]
     deaths: int = 0
 
     def again(self) -> list[Batch]:
-        """What is tried after an engine has died under it: itself, then its halves; at last nothing."""
+        """Returns the batches to try after a death: the same one, then its halves, finally none."""
         count = len(self.numbers)
-        if self.deaths + 1 < (TRIES if count > 1 else TRIES_ALONE):
+        if self.deaths + 1 < (TRIES if count > 1 else MAX_DEATHS_ALONE):
             return [replace(self, deaths=self.deaths + 1)]
         return [Batch(self.numbers[: count // 2]), Batch(self.numbers[count // 2 :])] if count > 1 else []
 
 
 class BatchQueue:
-    """Which engine writes what: each has one batch at a time. Knows nothing of Ray."""
+    """Assigns batches to engines, one at a time to each. Independent of Ray."""
 
     def __init__(self, messages: int, engines: int) -> None:
-        size = max(1, min(MOST_MESSAGES, math.ceil(messages / engines)))
+        size = max(1, min(MAX_BATCH, math.ceil(messages / engines)))
         numbers = range(messages)
         self.batches = deque(Batch(tuple(numbers[first : first + size])) for first in range(0, messages, size))
-        self._free = [(0.0, engine) for engine in range(engines)]  # a heap: from when on, and who
+        self._free = [(0.0, engine) for engine in range(engines)]  # heap of (free from, engine)
 
     def next(self, now: float) -> tuple[Batch, int] | None:
-        """A batch, and the engine that shall write it; None where nothing is left to give or nobody is free."""
+        """Returns a batch and an engine for it; None if no batch is queued or no engine is free."""
         if not self.batches or not self._free or self._free[0][0] > now:
             return None
         return self.batches.popleft(), heapq.heappop(self._free)[1]
@@ -64,7 +64,7 @@ class BatchQueue:
         heapq.heappush(self._free, (now, engine))
 
     def requeue(self, batch: Batch, engine: int, now: float) -> None:
-        """The engine was just being started, or its machine was lost: that says nothing about the messages."""
+        """Retries a batch whose engine was starting or lost with its node, which is not the messages' fault."""
         self.batches.append(batch)
         heapq.heappush(self._free, (now + RETRY_SECONDS, engine))
 
@@ -74,103 +74,107 @@ class BatchQueue:
 
 
 @dataclass
-class _Given:
-    """A batch that an engine has been given."""
+class _InFlight:
+    """A batch that was sent to an engine."""
 
     batch: Batch
     engine: int
     ticket: int
     since: float
-    """When it was given, or first seen to be begun."""
-    has_begun: bool = False
+    """When it was sent, then when it was first seen to have started."""
+    has_started: bool = False
 
 
 @dataclass(frozen=True)
 class TextService:
-    """Picklable: a Ray Data task has the engines write for it. Engines that die are started again by Ray meanwhile."""
+    """Generates text on the engines. Picklable, for Ray Data tasks. Ray restarts engines that die meanwhile."""
 
     engines: list[EngineHandle]
     policy: Policy
     """The policy the engines must serve."""
     heartbeats: Any
-    """The actor `calm_ray.engines.health.Heartbeats`, where engines note what they have begun."""
+    """The `calm_ray.engines.health.Heartbeats` actor, which records what the engines have started on."""
     seconds: float
-    """An engine that takes longer for its batch is taken for dead; all of them, where none writes for so long."""
-    silent_seconds: float
-    """The same where an engine shows no sign of life for so long."""
+    """Restart an engine that takes longer for a batch; give up if all engines make no progress for that long."""
+    heartbeat_timeout_s: float
+    """Restart a busy engine after this many seconds without a heartbeat."""
 
     def __call__(self, messages: Sequence[str], max_new_tokens: int) -> list[str | None]:
-        """The policy's greedy reply to each message; None where several engines died of it and none has replied.
+        """Returns the policy's greedy reply to each message; None if it crashed several engines.
 
-        Raises CalmRayError where no engine can write any more.
+        Raises CalmRayError if no engine can reply any more.
         """
         replies: list[str | None] = [None] * len(messages)
         queue = BatchQueue(len(messages), len(self.engines))
-        given: dict[ray.ObjectRef[Any], _Given] = {}
-        heard = looked = time.monotonic()
-        while queue.batches or given:
+        in_flight: dict[ray.ObjectRef[Any], _InFlight] = {}
+        last_progress = last_check = time.monotonic()
+        while queue.batches or in_flight:
             while (job := queue.next(time.monotonic())) is not None:
                 batch, engine = job
                 ticket = uuid.uuid4().int >> 65
                 request = Write(tuple(messages[number] for number in batch.numbers), max_new_tokens)
                 call = self.engines[engine].write(request, self.policy, ticket)
-                given[call] = _Given(batch, engine, ticket, time.monotonic())
-            done = ray.wait(list(given), num_returns=1, timeout=RETRY_SECONDS)[0] if given else []
-            if not given:
+                in_flight[call] = _InFlight(batch, engine, ticket, time.monotonic())
+            done = ray.wait(list(in_flight), num_returns=1, timeout=RETRY_SECONDS)[0] if in_flight else []
+            if not in_flight:
                 time.sleep(RETRY_SECONDS)
             for call in done:
-                one = given.pop(call)
-                if self._ended(call, one, replies, queue):
-                    heard = time.monotonic()
-            if time.monotonic() - looked > LOOK_SECONDS:
-                looked = time.monotonic()
-                if self._look_after(given, queue):
-                    heard = looked
-            if time.monotonic() - heard > self.seconds:
-                raise CalmRayError(f"no engine has written anything for {self.seconds:g} s; the same command goes on")
+                one = in_flight.pop(call)
+                if self._handle_result(call, one, replies, queue):
+                    last_progress = time.monotonic()
+            if time.monotonic() - last_check > MONITOR_SECONDS:
+                last_check = time.monotonic()
+                if self._monitor(in_flight, queue):
+                    last_progress = last_check
+            if time.monotonic() - last_progress > self.seconds:
+                raise CalmRayError(
+                    f"no engine has made progress for {self.seconds:g} s; rerun the same command to resume"
+                )
         return replies
 
-    def _ended(self, call: ray.ObjectRef[Any], one: _Given, replies: list[str | None], queue: BatchQueue) -> bool:
-        """Takes the replies of a call that has ended; returns whether its engine had begun."""
+    def _handle_result(
+        self, call: ray.ObjectRef[Any], one: _InFlight, replies: list[str | None], queue: BatchQueue
+    ) -> bool:
+        """Stores the replies of a finished call; returns whether its engine had started on it."""
         try:
             for number, reply in zip(one.batch.numbers, ray.get(call), strict=True):
                 replies[number] = reply
         except RayError as error:
-            self._check(error, one.engine)
-            asked = self.heartbeats.has_begun.remote(one.ticket), self.heartbeats.node_under.remote(one.ticket)
-            has_begun, node = ray.get(list(asked))
-            if has_begun and not is_machine_lost(error, node):
+            self._handle_error(error, one.engine)
+            reads = self.heartbeats.has_started.remote(one.ticket), self.heartbeats.node_of_ticket.remote(one.ticket)
+            has_started, node = ray.get(list(reads))
+            if has_started and not is_node_lost(error, node):
                 queue.died(one.batch, one.engine, time.monotonic())
             else:
                 queue.requeue(one.batch, one.engine, time.monotonic())
-            return bool(has_begun)
+            return bool(has_started)
         queue.written(one.engine, time.monotonic())
         return True
 
-    def _check(self, error: RayError, engine: int) -> None:
+    def _handle_error(self, error: RayError, engine: int) -> None:
         if isinstance(error, RayTaskError) and isinstance(error.cause, CalmRayError):
             raise error.cause
         if isinstance(error, RayTaskError):
             self.engines[engine].restart()
         elif not isinstance(error, RayActorError):
-            raise CalmRayError(f"an engine failed: {error}; the same command goes on") from error
+            raise CalmRayError(f"an engine failed: {error}; rerun the same command to resume") from error
 
-    def _look_after(self, given: dict[ray.ObjectRef[Any], _Given], queue: BatchQueue) -> bool:
-        """Ends engines that hang at their batch; a batch that waits too long for its turn is given to another one.
+    def _monitor(self, in_flight: dict[ray.ObjectRef[Any], _InFlight], queue: BatchQueue) -> bool:
+        """Restarts engines that hang and requeues batches that wait too long for their turn.
 
-        Returns whether any batch has been begun.
+        Returns whether any batch has been started.
         """
-        silences = ray.get([self.heartbeats.silence_under.remote(one.ticket) for one in given.values()])
+        silences = ray.get([self.heartbeats.silence_of_ticket.remote(one.ticket) for one in in_flight.values()])
         now = time.monotonic()
-        for (call, one), silence in zip(list(given.items()), silences, strict=True):
-            if silence is not None and not one.has_begun:
-                one.has_begun, one.since = True, now
+        for (call, one), silence in zip(list(in_flight.items()), silences, strict=True):
+            if silence is not None and not one.has_started:
+                one.has_started, one.since = True, now
             is_late = now - one.since > self.seconds
-            if silence is not None and (is_late or silence > self.silent_seconds):
+            if silence is not None and (is_late or silence > self.heartbeat_timeout_s):
                 self.engines[one.engine].restart()
                 queue.died(one.batch, one.engine, now)
-                del given[call]
-            elif silence is None and is_late:  # the engine writes for others
+                del in_flight[call]
+            elif silence is None and is_late:  # the engine is busy with other callers
                 queue.requeue(one.batch, one.engine, now)
-                del given[call]
+                del in_flight[call]
         return any(silence is not None for silence in silences)

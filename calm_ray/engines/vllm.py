@@ -1,4 +1,4 @@
-"""A `Generator` on a vLLM engine in this process: the one module that knows vLLM."""
+"""The `Generator` on vLLM. No other module imports vLLM."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from calm_ray.core.rows import BASE_POLICY
 from calm_ray.engines.generator import Decoding, Generated, Likelihoods
 from calm_ray.engines.spec import EngineSpec
-from calm_ray.run.policies import Policy, forget_policies, require_safetensors
+from calm_ray.run.policies import Policy, evict_policies, require_safetensors
 
 
 class VLLMGenerator:
-    """A `Generator` on a vLLM engine in this process."""
+    """A `Generator` on a vLLM engine in this process or a child of it."""
 
     def __init__(self, spec: EngineSpec) -> None:
         set_environment(spec)
@@ -29,7 +29,7 @@ class VLLMGenerator:
         self._adapter: Any = None
         self.policy = BASE_POLICY
         self.steps = 0
-        """Steps that the engine has computed: it lives as long as they grow."""
+        """Engine steps so far. A busy engine is alive as long as this grows."""
         self.is_at_work = False
         self.is_asleep = False
         self._count_steps()
@@ -49,11 +49,11 @@ class VLLMGenerator:
 
     @property
     def context_tokens(self) -> int:
-        """The most tokens of a prompt and its answer together."""
+        """Maximum number of tokens of a prompt and its answer together."""
         return int(self._llm.model_config.max_model_len)
 
     def load(self, policy: Policy) -> None:
-        """Takes a policy into the running engine, as an adapter or as merged weights, and forgets the one before."""
+        """Loads a policy into the running engine, as an adapter or as merged weights, and drops older local copies."""
         if policy.name == self.policy:
             return
         if self._spec.engines.refresh == "adapter":
@@ -61,7 +61,7 @@ class VLLMGenerator:
         else:
             self._reload_weights(policy)
         self.policy = policy.name
-        forget_policies({policy.name})
+        evict_policies({policy.name})
 
     def _swap_adapter(self, policy: Policy) -> None:
         from vllm.lora.request import LoRARequest
@@ -72,19 +72,19 @@ class VLLMGenerator:
         if policy.kind == "adapter":
             folder = policy.local_folder()
             require_safetensors(folder)
-            # A name that holds the weights' hash: vLLM's prefix cache can never serve another adapter.
+            # The name contains the weights' hash, so vLLM's prefix cache cannot serve another adapter's results.
             self._adapter = LoRARequest(policy.name, policy.round + 1, str(folder))
             self._llm.llm_engine.add_lora(self._adapter)
 
     def _reload_weights(self, policy: Policy) -> None:
-        from calm_ray.run.merging import forget_merged, merged_folder
+        from calm_ray.run.merging import delete_merged, merged_folder
 
         folder = merged_folder(self._spec.model, policy)
         require_safetensors(folder)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        # What is cached was computed by the weights of before.
+        # The cache was computed with the previous weights.
         self._llm.reset_prefix_cache()
-        forget_merged(self.policy)
+        delete_merged(self.policy)
 
     def generate(self, prompts: Sequence[list[int]], decoding: Decoding, seeds: Sequence[int]) -> list[list[Generated]]:
         from vllm import SamplingParams
@@ -96,7 +96,7 @@ class VLLMGenerator:
                 top_p=decoding.top_p,
                 max_tokens=decoding.max_new_tokens,
                 seed=seed,
-                logprobs=0,  # of the sampled tokens alone
+                logprobs=0,  # only those of the sampled tokens
             )
             for seed in seeds
         ]
@@ -112,44 +112,44 @@ class VLLMGenerator:
         self, prompts: Sequence[list[int]], candidates: Sequence[list[list[int]]], *, with_prompt: bool
     ) -> list[Likelihoods]:
         jobs = list(zip(prompts, candidates, strict=True))
-        by_label = [not with_prompt and _are_labels(sides) for sides in candidates]
+        by_label = [not with_prompt and _are_labels(group) for group in candidates]
         labels = iter(self._score_labels([job for job, is_label in zip(jobs, by_label, strict=True) if is_label]))
         texts = iter(self._score_texts([job for job, is_label in zip(jobs, by_label, strict=True) if not is_label]))
-        found = [next(labels) if is_label else next(texts) for is_label in by_label]
-        return found if with_prompt else [Likelihoods(one.logps) for one in found]
+        scored = [next(labels) if is_label else next(texts) for is_label in by_label]
+        return scored if with_prompt else [Likelihoods(one.logps) for one in scored]
 
     def _score_labels(self, jobs: Sequence[tuple[list[int], list[list[int]]]]) -> Iterator[Likelihoods]:
-        """Candidates of one token each: one request for each prompt, whose next token's probabilities say it all."""
+        """Scores single-token candidates: one request per prompt, for the log-probabilities of its next token."""
         from vllm import SamplingParams
 
         params = [
-            SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=[side[0] for side in sides])
-            for _, sides in jobs
+            SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=[label for (label,) in candidates])
+            for _, candidates in jobs
         ]
-        for (_, sides), output in zip(jobs, self._generate([prompt for prompt, _ in jobs], params), strict=True):
-            found = output.outputs[0].logprobs[0]
-            yield Likelihoods([found[side[0]].logprob for side in sides])
+        for (_, candidates), output in zip(jobs, self._generate([prompt for prompt, _ in jobs], params), strict=True):
+            logprobs = output.outputs[0].logprobs[0]
+            yield Likelihoods([logprobs[label].logprob for (label,) in candidates])
 
     def _score_texts(self, jobs: Sequence[tuple[list[int], list[list[int]]]]) -> Iterator[Likelihoods]:
-        """Candidates of any length: one request for prompt and candidate together, whose own tokens are scored."""
+        """Scores candidates of any length: one request per candidate, for the prompt logprobs of both together."""
         from vllm import SamplingParams
 
-        whole = [prompt + side for prompt, sides in jobs for side in sides]
+        whole = [prompt + candidate for prompt, candidates in jobs for candidate in candidates]
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         outputs = iter(zip(whole, self._generate(whole, params), strict=True))
-        for prompt, sides in jobs:
-            logps, before = [], 0.0
-            for _ in sides:
+        for prompt, candidates in jobs:
+            logps, prompt_logp = [], 0.0
+            for _ in candidates:
                 tokens, output = next(outputs)
                 each = [at[token].logprob for token, at in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
-                before = sum(each[: len(prompt) - 1])
+                prompt_logp = sum(each[: len(prompt) - 1])
                 logps.append(sum(each[len(prompt) - 1 :]))
-            yield Likelihoods(logps, before)
+            yield Likelihoods(logps, prompt_logp)
 
     def _generate(self, prompts: Sequence[list[int]], params: Any) -> list[Any]:
         from vllm.inputs import TokensPrompt
 
-        if not prompts:  # a language may lack all questions of a chunk
+        if not prompts:  # a chunk may have no questions in some language
             return []
         assert not self.is_asleep
         requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
@@ -160,7 +160,7 @@ class VLLMGenerator:
             self.is_at_work = False
 
     def sleep(self) -> None:
-        """Gives back the GPU's memory: the weights wait in the host's; CPUs have nothing to give back."""
+        """Moves the weights to host memory and frees the GPU's. On CPUs there is nothing to free."""
         if self._spec.device == "gpu":
             self._llm.sleep(level=1)
         self.is_asleep = True
@@ -171,17 +171,17 @@ class VLLMGenerator:
         self.is_asleep = False
 
 
-MOST_LABELS = 128
-"""The tokens whose log-probability vLLM gives in one request."""
+MAX_LABELS = 128
+"""Maximum number of tokens whose log-probability vLLM returns in one request."""
 
 
-def _are_labels(sides: Sequence[list[int]]) -> bool:
-    return len(sides) <= MOST_LABELS and all(len(side) == 1 for side in sides)
+def _are_labels(candidates: Sequence[list[int]]) -> bool:
+    return len(candidates) <= MAX_LABELS and all(len(candidate) == 1 for candidate in candidates)
 
 
 def set_environment(spec: EngineSpec) -> None:
-    """What vLLM reads from the environment when it is imported."""
-    # In the actor's own process nothing outlives the actor; a child is kept on a leash.
+    """Sets the environment variables that vLLM reads when imported."""
+    # In the actor's own process nothing outlives the actor; `ChildProcesses` watches a child.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(spec.engines.process == "child"))
     if spec.is_colocated:
         os.environ["VLLM_RAY_PER_WORKER_GPUS"] = str(spec.gpu_fraction)
@@ -189,12 +189,12 @@ def set_environment(spec: EngineSpec) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if spec.device == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        # Several engines share a machine's cores; left to itself, each would pin the same ones.
+        # Several engines share a node's cores; by default, each would pin the same ones.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
-    """The arguments of `vllm.LLM`."""
+    """Arguments for `vllm.LLM`."""
     args: dict[str, Any] = {
         "model": str(folder),
         "dtype": spec.engines.dtype,
@@ -205,15 +205,15 @@ def engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
         "disable_log_stats": True,
     }
     if spec.device == "cpu":
-        # vLLM 0.32 rewinds a seeded request's generator where a prompt is prefilled in parts; on CPUs that is an error.
+        # vLLM 0.32 rewinds a seeded request's generator when a prompt is prefilled in chunks, which fails on CPUs.
         args |= {"enforce_eager": True, "enable_chunked_prefill": False}
     elif spec.is_colocated:
         args["enable_sleep_mode"] = True
     if spec.engines.tensor_parallel_size > 1:
-        args["distributed_executor_backend"] = "ray"  # into the placement group that this actor sits in
+        args["distributed_executor_backend"] = "ray"  # uses this actor's placement group
     if spec.lora is not None and spec.engines.refresh == "adapter":
         args |= {"enable_lora": True, "max_lora_rank": spec.lora.r, "max_loras": 1, "max_cpu_loras": 2}
-        # Layers that no adapter of the run touches stay as they are. It also keeps vLLM 0.32's adapter for the language
-        # model's head out of the way, which scores prompts as if each were one token.
+        # Wraps only the layers that the run's adapters change. This also avoids vLLM 0.32's LoRA layer for the LM head,
+        # which scores prompts as if each were one token.
         args["lora_target_modules"] = list(spec.lora.targets)
     return args | spec.engines.args

@@ -1,1 +1,1 @@
-"""What a policy answers to held-out questions, and what the numbers mean."""
+"""Evaluates a policy on held-out questions: metrics, reports and tables."""

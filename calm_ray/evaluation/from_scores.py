@@ -1,4 +1,4 @@
-"""The figures of scored candidates of a run, counted chunk by chunk, and which answers changed."""
+"""Metrics of a run's scored candidates, counted chunk by chunk, and the answers that changed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from calm_ray.evaluation.score_report import count_scores
-from calm_ray.evaluation.scores import Scores, columns_for, read_scored, scores_of
+from calm_ray.evaluation.scores import Scores, columns_of_convention, read_scored, scores_of
 from calm_ray.run.stage import Stage
 
 
 @dataclass(frozen=True)
 class ScoreCounter:
-    """Counts what a policy's scores say. Picklable: each chunk is a task's."""
+    """Counts a policy's metrics. Picklable: each chunk is counted by a task."""
 
     scored: Stage
     languages: list[str]
@@ -23,15 +23,17 @@ class ScoreCounter:
         return count_scores(self.read(self.scored, chunk))
 
     def read(self, stage: Stage, chunk: str) -> Scores:
-        return scores_of(read_scored(stage, chunk, self.languages, columns_for(self.convention)), self.convention)
+        return scores_of(
+            read_scored(stage, chunk, self.languages, columns_of_convention(self.convention)), self.convention
+        )
 
 
-def likeliest_answers(stage: Stage, convention: str) -> dict[tuple[str, str], str | None]:
-    """(language, question_id) -> the candidate that the stage's policy finds likeliest, by its index."""
+def most_likely_answers(stage: Stage, convention: str) -> dict[tuple[str, str], str | None]:
+    """Returns (language, question_id) -> index of the candidate that the stage's policy finds most likely."""
     found: dict[tuple[str, str], str | None] = {}
     for chunk in sorted(stage.chunks()):
         language = chunk.rpartition("-")[2]
-        scores = scores_of({language: stage.read_chunk(chunk, columns_for(convention))}, convention)
+        scores = scores_of({language: stage.read_chunk(chunk, columns_of_convention(convention))}, convention)
         found |= {(language, q): str(a) for q, a in zip(scores.questions, scores.answers[0], strict=True)}
     return found
 
@@ -39,7 +41,7 @@ def likeliest_answers(stage: Stage, convention: str) -> dict[tuple[str, str], st
 def changed_answers(
     now: Mapping[tuple[str, str], str | None], before: Mapping[tuple[str, str], str | None]
 ) -> dict[str, float]:
-    """The share of a language's questions that are answered otherwise than before (DCO, section 6.4)."""
-    asked: Counter[str] = Counter(language for language, _ in now)
+    """Returns, per language, the fraction of questions whose answer changed (DCO, section 6.4)."""
+    total: Counter[str] = Counter(language for language, _ in now)
     changed = Counter(key[0] for key, answer in now.items() if answer != before.get(key))
-    return {language: changed[language] / count for language, count in asked.items()}
+    return {language: changed[language] / count for language, count in total.items()}

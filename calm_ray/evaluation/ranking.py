@@ -1,6 +1,6 @@
-"""What languages' rankings of the same candidates have in common. Pure functions; Q questions, K candidates at most.
+"""Compares languages' rankings of the same candidates. Pure functions; Q questions, at most K candidates.
 
-Candidates are compared by index; of equal scores the first candidate stands first.
+Candidates are identified by index; ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -16,43 +16,43 @@ Weights = Literal["softmax", "norm1", "norm2"]
 
 
 def ranks_of(scores: Floats) -> Ints:
-    """[..., K], each candidate's place, 0 for the highest score."""
+    """Returns each candidate's rank [..., K], 0 for the highest score."""
     order = np.argsort(-scores, axis=-1, kind="stable")
     return np.asarray(np.argsort(order, axis=-1, kind="stable"))
 
 
 def weights_of(count: int, kind: Weights = "softmax") -> Floats:
-    """[N], the weight of each length of the top of a ranking of N candidates, which sum to 1.
+    """Returns the weights [N] of the cutoffs j = 1 ... N of a ranking; they sum to 1.
 
     `softmax` is RankC as published and as DCO reports it (Qi et al. 2023; DCO, appendix I): e^(N - j). `norm1` and
-    `norm2` are the other two of the original script (Betswish/Cross-Lingual-Consistency, 13c9d46, RankC.py): N - j + 1,
-    and (N - j + 1)^2.
+    `norm2` are the alternatives in the original script (Betswish/Cross-Lingual-Consistency, 13c9d46, RankC.py):
+    N - j + 1 and (N - j + 1)^2.
     """
-    places = np.arange(count, dtype=np.float64)
-    raw = np.exp(-places) if kind == "softmax" else (count - places) ** {"norm1": 1, "norm2": 2}[kind]
+    ranks = np.arange(count, dtype=np.float64)
+    raw = np.exp(-ranks) if kind == "softmax" else (count - ranks) ** {"norm1": 1, "norm2": 2}[kind]
     return np.asarray(raw / raw.sum())
 
 
 def rankc(first: Ints, second: Ints, counts: Ints, kind: Weights = "softmax") -> Floats:
-    """[Q], RankC of two languages' rankings `first` and `second` [Q, K] (places); its mean is the figure reported.
+    """Returns RankC [Q] of two languages' ranks `first` and `second` [Q, K]; the reported figure is its mean.
 
-    P@j is the share of the first j candidates that both rankings have there; RankC the weighted sum of P@j over j. A
-    candidate is in both from the later of its two places on, so it counts the weight_j / j of all tops that long.
+    P@j is the fraction of the top j candidates that both rankings share; RankC is the weighted sum of P@j over j. A
+    candidate is shared from the larger of its two ranks on, so it adds weight_j / j for every j from there.
     """
     later = np.maximum(first, second)
     values = np.zeros(len(later))
     for count in np.unique(counts):
         rows = counts == count
-        each = weights_of(int(count), kind) / np.arange(1, count + 1)
-        of_place = each[::-1].cumsum()[::-1]
-        values[rows] = of_place[later[rows, :count]].sum(axis=1)
+        terms = weights_of(int(count), kind) / np.arange(1, count + 1)
+        by_rank = terms[::-1].cumsum()[::-1]
+        values[rows] = by_rank[later[rows, :count]].sum(axis=1)
     return values
 
 
 def entropies(logps: Floats) -> Floats:
-    """[...], entropy in nats of the distribution over candidates that log-probabilities [..., K] give."""
+    """Returns the entropy [...] in nats of the distribution over candidates given by log-probabilities [..., K]."""
     top = logps.max(axis=-1, keepdims=True)
     weights = np.exp(logps - top)
-    shares = weights / weights.sum(axis=-1, keepdims=True)
-    safe = np.where(shares > 0, shares, 1.0)
-    return np.asarray(-(shares * np.log(safe)).sum(axis=-1))
+    probs = weights / weights.sum(axis=-1, keepdims=True)
+    safe = np.where(probs > 0, probs, 1.0)
+    return np.asarray(-(probs * np.log(safe)).sum(axis=-1))

@@ -1,4 +1,4 @@
-"""What a policy's answers to held-out questions say in numbers: the entry of a round in summary.json."""
+"""Metrics of a policy's answers to held-out questions: a round's entry in summary.json."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from calm_ray.core.rows import Prediction
-from calm_ray.evaluation.metrics import ac3, accuracy, consistency, unreadable
+from calm_ray.evaluation.metrics import ac3, accuracy, consistency, unparseable
 
 
 def evaluation_report(predictions: Iterable[Prediction], gold: Mapping[str, str]) -> dict[str, Any]:
-    """Accuracy, Consistency_s and AC3_s for s = 2 ... L, and the share of unreadable answers, of one policy."""
+    """Returns one policy's accuracy, Consistency_s and AC3_s for s = 2 ... L, and fraction of unparseable answers."""
     answers: dict[str, dict[str, str | None]] = defaultdict(dict)
     for row in predictions:
         answers[row["language"]][row["question_id"]] = row["answer"]
@@ -23,5 +23,5 @@ def evaluation_report(predictions: Iterable[Prediction], gold: Mapping[str, str]
         "accuracy_mean": mean,
         "consistency": consistencies,
         "ac3": {size: ac3(mean, value) for size, value in consistencies.items()},
-        "unreadable": unreadable(answers),
+        "unparseable": unparseable(answers),
     }

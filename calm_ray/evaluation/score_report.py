@@ -1,4 +1,4 @@
-"""What scored candidates say in numbers: accuracy, RankC, agreement, entropy. Counts of chunks add up."""
+"""Metrics of scored candidates: accuracy, RankC, agreement, entropy. Counts of chunks can be summed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENGLISH = "en"
 
 
 def count_scores(scores: Scores) -> Counter[str]:
-    """What `score_report` needs of one chunk; a name and a language, pair or size are joined by a slash."""
+    """Returns the counts of one chunk for `score_report`. Keys are `name`, or `name/` and a language, pair or size."""
     counts: Counter[str] = Counter()
     ranks, answers = ranks_of(scores.scores), scores.answers
     known = scores.right >= 0
@@ -38,24 +38,25 @@ def count_scores(scores: Scores) -> Counter[str]:
         counts[f"top1/{pair}"] = int(same.sum())
         counts[f"either_right/{pair}"], counts[f"both_right/{pair}"] = int(either.sum()), int((same & either).sum())
     for size in range(2, len(scores.languages) + 1):
-        counts[f"alike/{size}"] = _alike(answers, size, scores.logps.shape[2])
+        counts[f"alike/{size}"] = _agreeing(answers, size, scores.logps.shape[2])
     return counts
 
 
-def _alike(answers: Ints, size: int, candidates: int) -> int:
-    """How many groups of `size` languages answer a question alike, over all questions; `answers` [L, Q]."""
+def _agreeing(answers: Ints, size: int, candidates: int) -> int:
+    """Number of groups of `size` languages with the same answer, over all questions; `answers` [L, Q]."""
     ways = np.array([comb(count, size) for count in range(len(answers) + 1)])
     same = [(answers == candidate).sum(axis=0) for candidate in range(candidates)]
     return int(ways[np.array(same)].sum())
 
 
 def score_report(counts: Mapping[str, float]) -> dict[str, Any]:
-    """One policy's figures; shares from 0 to 1, entropies in nats. Without a question: nothing.
+    """Returns one policy's metrics: fractions from 0 to 1, entropies in nats. Empty if there are no questions.
 
-    `rankc` and `top1_right` by pair of languages; `rankc_mean` over all pairs, `rankc_en` over those with English (what
-    DCO's tables print as CLC_all); `top1`: how often two languages answer alike, over all pairs; `top1_right`: the same
-    among the questions that one of the two has right. `entropy` of the distribution over candidates, where the answer
-    is right and where it is wrong (DCO, section 6.5). What needs gold answers is left out where there are none.
+    `rankc` and `top1_right` are per language pair; `rankc_mean` averages over all pairs, `rankc_en` over pairs with
+    English (CLC_all in DCO's tables). `top1` is how often two languages give the same answer, over all pairs;
+    `top1_right` is the same among questions that at least one of the two answers correctly. `entropy` is that of the
+    distribution over candidates, separately for right and wrong answers (DCO, section 6.5). Metrics that need gold
+    answers are omitted without them.
     """
     if not (questions := counts["questions"]):
         return {}
@@ -63,14 +64,14 @@ def score_report(counts: Mapping[str, float]) -> dict[str, Any]:
     by_pair = {pair: value / questions for pair, value in pairs.items()}
     with_english = [value for pair, value in by_pair.items() if ENGLISH in pair.split("-")]
     languages = len(_by_name(counts, "right"))
-    alike = {size: n / comb(languages, int(size)) / questions for size, n in _by_name(counts, "alike").items()}
+    consistency = {size: n / comb(languages, int(size)) / questions for size, n in _by_name(counts, "alike").items()}
     report: dict[str, Any] = {
         "rankc": by_pair,
         "rankc_mean": _mean(by_pair.values()),
         "rankc_en": _mean(with_english),
         "top1": _mean(value / questions for value in _by_name(counts, "top1").values()),
-        "consistency": alike,
-        "unreadable": 0.0,
+        "consistency": consistency,
+        "unparseable": 0.0,
     }
     if known := counts["known"]:
         accuracy = {code: value / known for code, value in _by_name(counts, "right").items()}
@@ -81,7 +82,7 @@ def score_report(counts: Mapping[str, float]) -> dict[str, Any]:
             "accuracy": accuracy,
             "accuracy_mean": mean,
             "accuracy_others": _mean(value for code, value in accuracy.items() if code != ENGLISH),
-            "ac3": {size: ac3(mean, value) for size, value in alike.items()},
+            "ac3": {size: ac3(mean, value) for size, value in consistency.items()},
             "top1_right": {pair: both[pair] / count if count else None for pair, count in either.items()},
             "entropy": {name: _entropy(counts, name) for name in ("right", "wrong")},
         }
@@ -109,8 +110,8 @@ def _entropy(counts: Mapping[str, float], name: str) -> dict[str, float | None]:
 
 
 def count_distance(policy: Scores, optimal: Scores, beta: float) -> Counter[str]:
-    """How far a policy is from the optimal one, in one chunk: how often both answer alike, and beta |difference of
-    their margins|, which is |beta margin - target|, over all pairs of candidates, in nats."""
+    """Counts a policy's distance from the optimal one in one chunk: how often their answers match, and beta |difference
+    of their margins|, which is |beta margin - target|, over all pairs of candidates, in nats."""
     counts: Counter[str] = Counter()
     counts["answers"] = policy.answers.size
     counts["answers_as_optimal"] = int((policy.answers == optimal.answers).sum())
@@ -123,7 +124,7 @@ def count_distance(policy: Scores, optimal: Scores, beta: float) -> Counter[str]
 
 
 def distance_report(counts: Mapping[str, float]) -> dict[str, float]:
-    """Share of answers that are the optimal policy's, and mean |beta margin - target| in nats."""
+    """Fraction of answers that match the optimal policy's, and mean |beta margin - target| in nats."""
     return {
         "top1_with_optimal": counts["answers_as_optimal"] / max(1, counts["answers"]),
         "margin_distance": counts["margin_distance"] / max(1, counts["margins"]),

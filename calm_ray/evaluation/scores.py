@@ -1,4 +1,4 @@
-"""Scored candidates as arrays: L languages, Q questions, K candidates at most."""
+"""Scored candidates as arrays: L languages, Q questions, at most K candidates."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Scores:
-    """The questions that are there in every language. `replace(scores, logps=...)`: the same under another policy."""
+    """Questions present in every language. Use `replace(scores, logps=...)` for the same under another policy."""
 
     questions: list[str]
     languages: list[str]
     logps: Floats
-    """[L, Q, K], summed over a candidate's tokens, in nats; -inf where a question has fewer candidates."""
+    """[L, Q, K], summed over a candidate's tokens, in nats; padded with -inf."""
     counts: Ints
-    """[Q], candidates."""
+    """[Q], number of candidates."""
     right: Ints
-    """[Q], index of the right candidate, -1 where unknown."""
+    """[Q], index of the right candidate, -1 if unknown."""
     places: Ints
     """[L, Q], each question's row in its language's table."""
     prompt_logps: Floats
-    """[L, Q], what a convention adds to all candidates of a question; 0 for most."""
+    """[L, Q], added to the logps of all candidates of a question; 0 for most conventions."""
     scales: Floats
-    """[L, Q, K], what a nat counts by the convention."""
+    """[L, Q, K], the convention's factor on log-probabilities."""
 
     @property
     def scores(self) -> Floats:
-        """[L, Q, K], what decides between candidates; the highest wins, of equal ones the first."""
+        """[L, Q, K], by which candidates are ranked; the highest wins, ties go to the lower index."""
         return np.asarray((self.logps + self.prompt_logps[:, :, None]) * self.scales)
 
     @property
     def answers(self) -> Ints:
-        """[L, Q], index of the candidate that a language answers with."""
+        """[L, Q], index of each language's top candidate."""
         return np.asarray(self.scores.argmax(axis=2))
 
     def only(self, questions: Collection[str]) -> Scores:
-        """The scores of some of the questions, in the order they have here."""
+        """Returns the scores of the given questions, in their order here."""
         kept = [row for row, question_id in enumerate(self.questions) if question_id in questions]
         by_question = ("logps", "places", "prompt_logps", "scales")
         return replace(
@@ -58,11 +58,11 @@ class Scores:
 
 
 def scores_of(scored: Tables, convention: str = "sum") -> Scores:
-    """The rows of `Scored` in each language as arrays.
+    """Converts the rows of `Scored` in each language to arrays.
 
     `convention`: `sum` is acc of lm-evaluation-harness, `per_char` its acc_norm and `per_byte` its acc_bytes
-    (EleutherAI, 4e7e0d4, lm_eval/api/task.py); `mean_full` is the mean over the tokens of prompt and candidate but the
-    first, of DCO's released code (Betswish/ConsistencyRL, e0e8f46, probe.py).
+    (EleutherAI, 4e7e0d4, lm_eval/api/task.py); `mean_full` is the mean over all prompt and candidate tokens except the
+    first, as in DCO's released code (Betswish/ConsistencyRL, e0e8f46, probe.py).
     """
     languages = list(scored)
     questions, places = _in_common([scored[code]["question_id"].combine_chunks() for code in languages])
@@ -78,15 +78,17 @@ def scores_of(scored: Tables, convention: str = "sum") -> Scores:
         languages=languages,
         logps=logps,
         counts=counts,
-        right=np.max([one["right"].fill_null(-1).to_numpy() for one in tables], axis=0),  # one language may have it
+        right=np.max(
+            [one["right"].fill_null(-1).to_numpy() for one in tables], axis=0
+        ),  # it may be known in one language only
         places=places,
         prompt_logps=added,
         scales=scales,
     )
 
 
-def columns_for(convention: str) -> list[str]:
-    """The columns of `Scored` that `scores_of` reads."""
+def columns_of_convention(convention: str) -> list[str]:
+    """Returns the columns of `Scored` that `scores_of` reads."""
     extra = {
         "per_char": ["choices"],
         "per_byte": ["choices"],
@@ -96,7 +98,7 @@ def columns_for(convention: str) -> list[str]:
 
 
 def _in_common(ids: Sequence[pa.Array]) -> tuple[list[str], Ints]:
-    """The questions that every language has, in the first one's order, and where each language has them."""
+    """Returns the questions present in every language, in the first one's order, and their rows in each language."""
     if all(one.equals(ids[0]) for one in ids):
         return ids[0].to_pylist(), np.tile(np.arange(len(ids[0])), (len(ids), 1))
     places = [{question_id: row for row, question_id in enumerate(one.to_pylist())} for one in ids]
@@ -114,7 +116,7 @@ def _padded(lists: pa.ChunkedArray, counts: Ints, missing: float) -> Floats:
 
 
 def _scales(data: pa.Table, convention: str, counts: Ints) -> Floats:
-    """[Q, K], what a nat of each candidate's log-probability counts."""
+    """Returns the convention's factors on log-probabilities [Q, K]."""
     if convention == "sum":
         return np.ones((len(counts), int(counts.max(initial=1))))
     if convention == "mean_full":
@@ -130,10 +132,10 @@ def _scales(data: pa.Table, convention: str, counts: Ints) -> Floats:
 
 
 def read_scored(stage: Stage, chunk: str, languages: Sequence[str], columns: list[str] | None = None) -> Tables:
-    """The rows of `Scored` of one chunk in each language."""
+    """Reads the rows of `Scored` of one chunk in each language."""
     return {code: stage.read_chunk(f"{chunk}-{code}", columns) for code in languages}
 
 
-def chunks_of(stage: Stage) -> list[str]:
-    """The chunks that a stage of scores holds, whatever the languages."""
+def chunk_names(stage: Stage) -> list[str]:
+    """Returns the chunks of a stage of scores, without the language suffix."""
     return sorted({name.rpartition("-")[0] for name in stage.chunks()})

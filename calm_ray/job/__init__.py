@@ -1,1 +1,1 @@
-"""A run from its recipe to its rounds: checks, questions, engines, rounds, summary."""
+"""Takes a run from its recipe through its rounds: checks, questions, engines, rounds, summary."""

@@ -1,4 +1,4 @@
-"""Whether a cluster can hold a run: its nodes, their memory, and what elastic workers are counted by."""
+"""Checks that a cluster can hold a run: nodes, memory, and the slots by which elastic workers are counted."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ from calm_ray.planning.plan import check_plan
 
 
 def check_layout(config: Config, model_folder: Path) -> None:
-    """Raises ResourceError where the nodes that are there, or may be started, cannot hold a run, memory included, and
-    InputError for arguments of engines that cannot be.
+    """Raises ResourceError if the nodes that exist or may be started cannot hold the run, including its memory, and
+    InputError for invalid engine arguments.
 
-    A model whose configuration says too little for a plan is left to the engines.
+    Leaves a model whose config says too little for a plan to the engines.
     """
     if config.rounds:
         check_slots(config, kinds_of_nodes())
     try:
         shape = shape_of_folder(model_folder)
     except InputError as error:
-        say(f"the run is not planned: {error}")
+        say(f"skipping the resource plan: {error}")
         return
     check_plan(config, shape, nodes_of_cluster())
 
 
 def check_slots(config: Config, nodes: Sequence[Resources]) -> None:
-    """Raises ResourceError where engines could take what elastic workers are counted by: all that nodes have.
+    """Raises ResourceError if, without slots, engines could take the resources that elastic workers are counted by.
 
-    Says so where they could fill nodes that workers need.
+    Only warns if engines could fill nodes that workers need.
     """
-    used = {place for place in (TRAIN_SLOT, ENGINE_SLOT) if any(place in node for node in nodes)}
+    used = {slot for slot in (TRAIN_SLOT, ENGINE_SLOT) if any(slot in node for node in nodes)}
     wanted = {TRAIN_SLOT, ENGINE_SLOT} if config.placement == "split" and len(nodes) > 1 else {TRAIN_SLOT}
     missing = sorted(wanted - used, reverse=True)
     if config.train.is_elastic and missing:
         raise ResourceError(
-            "train.workers: [least, most] needs nodes that say how many workers, and how many engines, they have room "
-            f"for, each what it is for: start some with `ray start --resources '{{\"{missing[0]}\": 8}}'`, or give "
-            "train.workers one number"
+            "train.workers: [min, max] needs nodes that declare how many workers or engines they have slots for: "
+            f"start some with `ray start --resources '{{\"{missing[0]}\": 8}}'`, or set train.workers to one number"
         )
     others = [node for node in nodes if TRAIN_SLOT not in node and (config.device == "cpu" or node.get("GPU"))]
     if missing == [ENGINE_SLOT] and others:
-        say(f"engines may fill the nodes that have places to train ({TRAIN_SLOT}): give the others {ENGINE_SLOT}")
+        say(f"engines may fill the nodes with slots for training ({TRAIN_SLOT}); declare {ENGINE_SLOT} on the others")

@@ -1,4 +1,4 @@
-"""The engines of a run."""
+"""Specification of a run's engines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,5 @@ from calm_ray.run.policies import RunModel
 
 
 def engine_spec(config: Config, model: RunModel) -> EngineSpec:
-    """The engines of a run."""
     is_colocated = config.placement == "colocate" and config.device == "gpu"
     return EngineSpec(model, config.engines, config.train.lora, config.device, config.seed, is_colocated)

@@ -1,4 +1,4 @@
-"""Questions into a run, in all its languages: translated where they lack one, and written in chunks."""
+"""Brings questions into a run in all its languages: translates missing ones and writes chunks."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from calm_ray.run.storage import Storage
 
 HELD_OUT: Split = "held_out"
 TRANSLATIONS = ".translations"
-"""Under `storage`, beside the runs: what was translated once serves every run."""
+"""Under `storage`, next to the runs, so that all runs share translations."""
 
 
 def take_questions(config: Config, run: RunDirectory, model: RunModel, pool: EnginePool, inputs: Inputs) -> None:
-    """Writes the questions to align on and those held out into the run, once; lists the rows that were left out."""
+    """Writes the training and held-out questions into the run, once, and lists the dropped rows."""
     splits: list[tuple[Split, Intake, list[str]]] = [
         ("align", inputs.align, config.languages),
-        (HELD_OUT, inputs.evaluate, config.asked_languages),
+        (HELD_OUT, inputs.evaluate, config.evaluation_languages),
     ]
     for split, intake, languages in splits:
         stage = run.questions(split)
@@ -44,18 +44,18 @@ def take_questions(config: Config, run: RunDirectory, model: RunModel, pool: Eng
         if config.questions.translate is not None:
             questions, report = _translated(questions, languages, config, model, pool)
         if split == HELD_OUT:
-            complete = complete_ones(questions, languages)
+            complete = complete_questions(questions, languages)
             if lost := len(ids_of(questions)) - len(ids_of(complete)):
-                say(f"questions, held out: {lost} are not there in every language and were left out")
+                say(f"questions, held out: dropped {lost} missing in some language")
             questions = complete
-        if intake.left_out:
-            say(f"questions, {split}: {len(intake.left_out)} bad rows were left out; see {stage.storage.uri(BAD_ROWS)}")
-            stage.storage.write(BAD_ROWS, as_lines(intake.left_out))
+        if intake.skipped:
+            say(f"questions, {split}: dropped {len(intake.skipped)} bad rows; see {stage.storage.uri(BAD_ROWS)}")
+            stage.storage.write(BAD_ROWS, as_lines(intake.skipped))
         write_chunks(
             questions,
             stage,
             config.sampling.prompts_per_chunk,
-            left_out=len(intake.left_out),
+            skipped=len(intake.skipped),
             repaired=intake.repaired,
             translated=report,
         )
@@ -68,29 +68,29 @@ def _translated(
     cache = Storage(config.storage).under(TRANSLATIONS)
     questions, report = translate_missing(questions, languages, translator, cache)
     for language, count in report.items():
-        kept_out = f"{count['failed']} failed and {count['identical']} came back as they were, which do not vote"
-        say(f"  {language}: {count['translated']} of {count['asked']} questions translated; {kept_out}")
+        rest = f"{count['failed']} failed and {count['identical']} came back unchanged, and do not vote"
+        say(f"  {language}: {count['translated']} of {count['asked']} questions translated; {rest}")
     check = candidate_check(model.local_folder(weights=False), config)
     lost = {id(row) for row in questions if check is not None and _is_flawed(row, check)}
     if lost:
-        say(f"  {len(lost)} translated questions have candidates that cannot be scored, and were left out")
+        say(f"  dropped {len(lost)} translated questions with candidates that cannot be scored")
     questions = [row for row in questions if id(row) not in lost]
     lost = {id(row) for row, *_ in too_long(model.local_folder(weights=False), questions, config)}
     if lost:
-        say(f"  {len(lost)} translated questions are too long for the engines, and do not vote")
+        say(f"  dropped {len(lost)} translated questions that are too long for the engines")
     return [row for row in questions if id(row) not in lost], report
 
 
-def _translator(config: Config, own: RunModel, pool: EnginePool) -> QuestionTranslator:
-    most = config.sampling.max_new_tokens
+def _translator(config: Config, run_model: RunModel, pool: EnginePool) -> QuestionTranslator:
+    max_new_tokens = config.sampling.max_new_tokens
     if config.questions.translate == "model":
-        identity = f"{own.name} {own.sha256} {BASE_POLICY} {most}"
+        identity = f"{run_model.name} {run_model.sha256} {BASE_POLICY} {max_new_tokens}"
         batch = BATCH * len(pool.replicas)
-        return ModelQuestionTranslator(lambda messages: pool.text_service(messages, most), identity, batch)
-    # It takes the places of the training workers, which are not at work yet.
+        return ModelQuestionTranslator(lambda messages: pool.text_service(messages, max_new_tokens), identity, batch)
+    # Uses the resources of the training workers, which have not started yet.
     train, gpus = config.train, 1.0 if config.device == "gpu" else 0.0
     model = RunModel(str(config.questions.translate))
-    return Seq2SeqTranslator(model, train.most_workers, train.cpus_per_worker, gpus)
+    return Seq2SeqTranslator(model, train.max_workers, train.cpus_per_worker, gpus)
 
 
 def _is_flawed(question: Question, check: Callable[[Question], None]) -> bool:
@@ -105,7 +105,7 @@ def ids_of(questions: Sequence[Question]) -> set[str]:
     return {row["question_id"] for row in questions}
 
 
-def complete_ones(questions: Sequence[Question], languages: Sequence[str]) -> list[Question]:
-    """The questions that are there in every language: only those can be compared between languages."""
-    there = {(row["question_id"], row["language"]) for row in questions}
-    return [row for row in questions if all((row["question_id"], code) in there for code in languages)]
+def complete_questions(questions: Sequence[Question], languages: Sequence[str]) -> list[Question]:
+    """Returns the questions present in every language; only those can be compared across languages."""
+    present = {(row["question_id"], row["language"]) for row in questions}
+    return [row for row in questions if all((row["question_id"], code) in present for code in languages)]

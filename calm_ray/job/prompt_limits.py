@@ -1,4 +1,4 @@
-"""What a prompt may be: candidates that can be scored, letters that can be written, room for an answer."""
+"""Limits on prompts: candidates can be scored, letters can be written, and an answer fits the context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from calm_ray.run.model_files import context_tokens
 
 
 def candidate_check(folder: Path, config: Config) -> Callable[[Question], None] | None:
-    """What raises BadRow for a question whose candidates the run cannot score; None where it scores no given ones."""
+    """A check that raises BadRow for candidates the run cannot score; None if it does not score given candidates."""
     from transformers import AutoTokenizer
 
     form = candidate_form(config.candidates, config.world.seed) if config.candidates is not None else None
@@ -34,27 +34,27 @@ def candidate_check(folder: Path, config: Config) -> Callable[[Question], None] 
 
 
 def check_letters(folder: Path, questions: list[Question]) -> None:
-    """Raises InputError unless the folder's tokenizer can write the questions' letters."""
+    """Raises InputError unless the folder's tokenizer can write the questions' answer letters."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     needed = max((letters(row) for row in questions), key=len)
-    lost = [letter for letter in needed if letter not in tokenizer.decode(tokenizer.encode(letter))]
-    if lost:
-        raise InputError(f"model: the tokenizer in {folder} cannot write the answer letters {', '.join(lost)}")
+    unwritable = [letter for letter in needed if letter not in tokenizer.decode(tokenizer.encode(letter))]
+    if unwritable:
+        raise InputError(f"model: the tokenizer in {folder} cannot write the answer letters {', '.join(unwritable)}")
 
 
 def check_lengths(folder: Path, questions: list[Question], config: Config) -> None:
     """Raises InputError for a question that leaves no room for an answer in the engines' context."""
     for row, length, limit in too_long(folder, questions, config):
         raise InputError(
-            f"question {row['question_id']} in {row['language']}: its prompt is {length} tokens long and the "
-            f"engines take {limit}; leave it out, or raise engines.args.max_model_len where the model allows it"
+            f"question {row['question_id']} in {row['language']}: its prompt has {length} tokens, but the "
+            f"engines take {limit}; remove it, or raise engines.args.max_model_len if the model allows it"
         )
 
 
 def too_long(folder: Path, questions: list[Question], config: Config) -> Iterator[tuple[Question, int, int]]:
-    """The questions that leave no room for an answer, each with its prompt's tokens and those the engines take."""
+    """Yields questions that leave no room for an answer, with the prompt's length and the engines' limit in tokens."""
     from transformers import AutoTokenizer
 
     limit = context_tokens(folder, config.engines.args)

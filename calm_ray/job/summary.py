@@ -1,4 +1,4 @@
-"""summary.json: one entry for each round, put together from what the steps say of their records."""
+"""summary.json: one entry per round, assembled from the steps' summaries of their records."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from calm_ray.evaluation.tables import candidate_tables, percent, plain_table
 from calm_ray.methods.base import Entry, Step
 from calm_ray.run.directory import RunDirectory
 
-ACCURACY_COLUMNS = ("Consis-\ntency_2", "AC3_2", "unread-\nable")
-"""In two lines, so that the table of a few languages fits into 80 columns."""
+ACCURACY_COLUMNS = ("Consis-\ntency_2", "AC3_2", "unparse-\nable")
+"""Split over two lines so that a table with a few languages fits into 80 columns."""
 
 
-def summarise(config: Config, run: RunDirectory) -> dict[str, Any]:
-    """Writes summary.json for the rounds that are finished, and gathers their training metrics."""
+def summarize(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """Writes summary.json for the finished rounds and collects their training metrics."""
     steps = (*config.steps, config.training, *config.evaluation)
     answers, *_ = config.evaluation
     numbers = [n for n in range(config.rounds + 1) if run.stage(n, answers.name).is_finished]
@@ -27,9 +27,9 @@ def summarise(config: Config, run: RunDirectory) -> dict[str, Any]:
 
 
 def _entry(run: RunDirectory, number: int, steps: tuple[Step, ...], answers: Step) -> Entry:
-    """Round `number`: how its policy does, and what making it took.
+    """The entry of round `number`: how its policy performs and what producing it cost.
 
-    What the next round's steps say of the policy that they start from stands here: nothing for the last round's.
+    Includes what the next round's steps report about the policy they start from; nothing for the last round.
     """
     evaluated = run.stage(number, answers.name).record
     entry: Entry = {"round": number, "policy": evaluated["policy"], "refresh_seconds": evaluated["refresh_seconds"]}
@@ -49,9 +49,9 @@ def _record(run: RunDirectory, number: int, name: str) -> Entry | None:
 
 
 def print_summary(config: Config, summary: dict[str, Any]) -> None:
-    """The closing table: a line for each round, in percent."""
+    """Prints the final table: one line per round, in percent."""
     rounds = summary["rounds"]
-    # Those of the held-out questions, which may be more than the run aligns.
+    # The evaluation languages, which may include more than the run aligns.
     languages = list(rounds[0].get("accuracy", summary["languages"]))
     columns = [column for step in (*config.steps, *config.evaluation) for column in step.columns]
     table = plain_table(f"{summary['method']}: held-out questions, percent")
@@ -66,7 +66,7 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
             console.print(column.note)
     if since := rounds[-1].get("changed", {}).get("0"):
         changed = "  ".join(f"{code} {percent(share)}" for code, share in since.items())
-        console.print(f"answers that are not those of round 0, percent: {changed}")
+        console.print(f"answers changed since round 0, percent: {changed}")
     for candidates in candidate_tables(summary["method"], rounds):
         console.print(candidates)
 
@@ -76,4 +76,4 @@ def _accuracies(entry: Entry, languages: list[str]) -> list[str]:
         return ["-"] * (len(languages) + 1 + len(ACCURACY_COLUMNS))
     cells = [percent(entry["accuracy"][code]) for code in languages]
     cells += [percent(entry["accuracy_mean"]), percent(entry["consistency"].get("2"))]
-    return [*cells, percent(entry["ac3"].get("2")), percent(entry["unreadable"])]
+    return [*cells, percent(entry["ac3"].get("2")), percent(entry["unparseable"])]

@@ -1,7 +1,7 @@
-"""What a method is made of: steps, an objective, an evaluation, settings.
+"""Building blocks of a method: steps, an objective, an evaluation and settings.
 
-A `Step` is one folder of a round, made once and resumed by chunk. It says what it reads and which configuration keys
-change it; invalidation, repair, the plan, the summary and `calm-ray show` are derived from that.
+A `Step` fills one folder of a round and resumes by chunk. It declares what it reads and which configuration keys affect
+it; invalidation, repair, the plan, the summary and `calm-ray show` follow from that.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from calm_ray.training.objectives import Objective
 
 Entry = dict[str, Any]
-"""A round in summary.json."""
+"""One round in summary.json, or the record of one folder."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the closing table."""
+    """A column of the table printed at the end of a run."""
 
     title: str
     cell: Callable[[Entry], str]
     note: str = ""
-    """Stands below the table."""
+    """Printed below the table."""
 
 
 class Step(ABC):
@@ -43,31 +43,31 @@ class Step(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str] = ""
-    """What its line of progress is called; its name where this is empty."""
-    beside: tuple[str, ...] = ()
-    """Further folders that are filled along with it, chunk by chunk."""
-    needs_all: ClassVar[bool] = True
-    """Whether it can begin only when the steps it reads are finished; others can follow them chunk by chunk."""
+    """Label of the progress bar; defaults to `name`."""
+    also_fills: tuple[str, ...] = ()
+    """Other folders it fills at the same time, chunk by chunk."""
+    waits_for_inputs: ClassVar[bool] = True
+    """Whether its inputs must be finished before it starts. If False, it can process them chunk by chunk."""
     trained_keys: tuple[str, ...] = ()
-    """Like `keys`, but only where a policy answers that is not the base model."""
+    """Like `keys`, but these only matter if the policy is not the base model."""
     writes: ClassVar[bool] = False
-    """Whether the policy writes completions, which must fit into the engines' context."""
+    """Whether the policy generates completions, which must fit into the engines' context."""
     columns: ClassVar[tuple[Column, ...]] = ()
-    why_empty: ClassVar[str] = "no question gave an example"
-    """Why a step whose rows are trained on may have none."""
+    empty_reason: ClassVar[str] = "no question produced an example"
+    """Why a step that produces training examples may produce none."""
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What it is, settings aside: its class, and what its method made it with. A step of another kind makes others.
+        """Its class and constructor arguments. A change of kind invalidates the step's output.
 
-        Settings count by the keys that the step declares.
+        Excludes settings, which `keys` covers.
         """
-        made_with: list[Any] = [getattr(self, field.name) for field in fields(self)] if is_dataclass(self) else []
-        return (type(self), *map(_kind_of, made_with))
+        arguments: list[Any] = [getattr(self, field.name) for field in fields(self)] if is_dataclass(self) else []
+        return (type(self), *map(_kind_of, arguments))
 
     @property
     def asks(self) -> Asks | None:
-        """Which policy answers; None where the step asks none."""
+        """The policy that answers; None if the step uses none."""
         return None
 
     @property
@@ -78,21 +78,21 @@ class Step(ABC):
     @property
     @abstractmethod
     def reads(self) -> tuple[str, ...]:
-        """The steps of the round that it depends on; `questions` and `held_out` are the run's questions."""
+        """The steps it depends on; `questions` and `held_out` refer to the run's questions."""
 
     @property
     @abstractmethod
     def keys(self) -> tuple[str, ...]:
-        """The configuration keys whose change invalidates it, each a key or a whole section."""
+        """Configuration keys, or whole sections, whose change invalidates it."""
 
     def output(self, round: Round) -> Stage:
-        """Where its rows are, or will be."""
+        """The stage that holds, or will hold, its rows."""
         return round.stage(self.name)
 
     def run(self, round: Round, inputs: Sequence[Stage]) -> Stage:
-        """Makes what is not there yet; `inputs` are the stages that it reads, in that order."""
+        """Fills the folder unless it is finished; `inputs` are the stages of `reads`, in that order."""
         output = self.output(round)
-        if not all(stage.is_finished for stage in (output, *map(round.stage, self.beside))):
+        if not all(stage.is_finished for stage in (output, *map(round.stage, self.also_fills))):
             self.make(round, output, inputs)
         return output
 
@@ -101,23 +101,23 @@ class Step(ABC):
         """Fills and finishes the folder."""
 
     def heading(self, round: Round) -> str:
-        """The head of its line of progress."""
+        """Heading of the progress bar."""
         return f"round {round.number}: {self.title or self.name}"
 
     def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
-        """What it takes in one round; `before` holds the work of the steps it reads."""
+        """Upper bound of its work in one round; `before` holds the work of the steps it reads."""
         return Work()
 
     def summary(self, record: Entry) -> Entry:
-        """What its record adds to its round's entry in summary.json."""
+        """Fields that its record adds to the round's entry in summary.json."""
         return {}
 
     def summary_of_start(self, record: Entry) -> Entry:
-        """What its record says of the policy that the round starts from: it stands in the entry of the round before."""
+        """Fields about the policy the round starts from; added to the previous round's entry."""
         return {}
 
     def show(self, view: QuestionView) -> None:
-        """Prints what became of one question; nothing where there is nothing to see."""
+        """Prints its rows for one question, if there is anything to show."""
         return
 
 
@@ -132,10 +132,10 @@ def _kind_of(value: Any) -> Any:
 
 
 class EngineStep(Step):
-    """Asks the engines about each chunk in each language."""
+    """Sends every chunk to the engines, once per language."""
 
-    needs_all = False
-    keys_of_engines: ClassVar[tuple[str, ...]] = ("device", "engines.dtype", "engines.args")
+    waits_for_inputs = False
+    engine_keys: ClassVar[tuple[str, ...]] = ("device", "engines.dtype", "engines.args")
     trained_keys = ("engines.refresh",)
 
     @property
@@ -145,21 +145,21 @@ class EngineStep(Step):
     @property
     @abstractmethod
     def languages(self) -> list[str]:
-        """The languages that are asked in."""
+        """The languages to send."""
 
     @abstractmethod
     def request(self, round_number: int) -> ChunkRequest[Any, Any]:
-        """What the engines are asked."""
+        """The request sent to the engines."""
 
     def report(self, output: Stage, questions: Stage) -> Entry:
-        """What the folder's record says of its rows, when all are there."""
+        """Fields added to the folder's record once all rows are there."""
         return {}
 
     def make(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> None:
         self.ask(round, round.answering(self.asks), inputs[0], output, self.heading(round))
 
     def ask(self, round: Round, policy: Policy, questions: Stage, output: Stage, heading: str) -> None:
-        """Asks a policy these questions, in chunks, and finishes the folder of its answers."""
+        """Has `policy` answer the questions chunk by chunk, then finishes `output`."""
         from calm_ray.engines.stage_runner import over_chunks_and_languages
 
         started = time.monotonic()
@@ -179,96 +179,96 @@ class EngineStep(Step):
 
 
 class ChunkJob(ABC):
-    """What a task does with a chunk. Picklable."""
+    """The work of one task on one chunk. Must be picklable."""
 
     @abstractmethod
     def make(self, chunk: str) -> Counter[str]:
-        """Writes the chunk; returns what is to be said of it while others are made."""
+        """Writes the chunk; returns counts for the progress bar."""
 
     @abstractmethod
     def count(self, chunk: str) -> Counter[str]:
-        """What is counted in a chunk that is there."""
+        """Counts over a chunk that has been written."""
 
 
 class DataStep(Step):
-    """Makes each chunk of its first input, in all languages, in a task of Ray Data."""
+    """Processes each chunk of its first input, in all languages, in a Ray Data task."""
 
-    needs_all = False
+    waits_for_inputs = False
 
     @abstractmethod
     def job(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> ChunkJob:
-        """What a task does with a chunk."""
+        """The job that processes a chunk."""
 
     def note(self, made: Counter[str]) -> str:
-        """What stands beside its bar: from what the chunks made so far were counted."""
+        """Note on the progress bar, from the counts of the chunks made so far."""
         return ""
 
     @abstractmethod
     def record(self, counts: Counter[str]) -> Entry:
-        """What the folder's record says, from the job's counts of all chunks."""
+        """The folder's record, from the counts over all chunks."""
 
     def make(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> None:
-        from calm_ray.cluster.over_chunks import count_over, over_chunks
+        from calm_ray.cluster.over_chunks import over_chunks, sum_over_chunks
         from calm_ray.core.console import progress_bar
 
         started = time.monotonic()
         job, chunks = self.job(round, output, inputs), inputs[0].chunks()
-        beside = [round.stage(name) for name in self.beside]
-        todo = sorted(chunks - output.chunks().intersection(*(stage.chunks() for stage in beside)))
+        others = [round.stage(name) for name in self.also_fills]
+        todo = sorted(chunks - output.chunks().intersection(*(stage.chunks() for stage in others)))
         with progress_bar(self.heading(round), len(chunks)) as progress:
             progress.advance(len(chunks) - len(todo))
             made: Counter[str] = Counter()
             for counts in over_chunks(job.make, todo):
                 made.update(counts)
                 progress.advance(note=self.note(made))
-            record = self.record(count_over(job.count, sorted(chunks)))
-        for stage in beside:
+            record = self.record(sum_over_chunks(job.count, sorted(chunks)))
+        for stage in others:
             stage.finish({})
         output.finish({**record, "seconds": time.monotonic() - started})
 
 
 Evaluation = tuple[EngineStep, *tuple[Step, ...]]
-"""The step by which a policy answers the held-out questions, and whatever is made of its answers."""
+"""The step in which a policy answers the held-out questions, then any steps that process the answers."""
 S = TypeVar("S", bound=Section)
 
 
 class Method(ABC, Generic[S]):
-    """A way from questions to a better policy. `run` is what all runs have, `own` the method's own section."""
+    """An alignment method. `run` holds the settings common to all runs, `own` the method's own section."""
 
     section: ClassVar[str]
-    """The section of a recipe that holds its settings; methods may share one."""
+    """Recipe section that holds its settings. Several methods may share one."""
     settings: type[S]
     train_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Of the section `train`, where a recipe does not say otherwise."""
+    """Defaults of the section `train`."""
 
     def defaults(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        """What a recipe that does not say otherwise holds, section by section."""
+        """Defaults by recipe section."""
         return {"train": dict(self.train_defaults)}
 
     def check(self, run: RunSettings, own: S) -> None:
-        """Raises ValueError, beginning with the key, where the settings do not go together."""
-        if run.draws_candidates:
+        """Raises ValueError if the settings are incompatible; the message starts with the key."""
+        if run.samples_candidates:
             raise ValueError("candidates.form: this method does not draw its candidates from samples")
 
     def needs_gold(self, own: S) -> bool:
-        """Whether gold answers choose what is trained on. No method's do but those that are named for it."""
+        """Whether gold answers select the training examples. True only for methods with gold in their name."""
         return False
 
     @abstractmethod
     def steps(self, run: RunSettings, own: S) -> tuple[Step, ...]:
-        """From questions to training examples, which the last one writes."""
+        """The steps from questions to training examples; the last one writes the examples."""
 
     @abstractmethod
     def objective(self, run: RunSettings, own: S) -> Objective:
-        """What training minimises."""
+        """The training objective."""
 
     @abstractmethod
     def evaluation(self, run: RunSettings, own: S) -> Evaluation:
-        """What each policy is asked; the first step's folder is the policy's evaluation.
+        """The evaluation of each policy; the first step's folder holds the answers.
 
-        `calm_ray.methods.shared.evaluation.evaluation_steps` is that of most methods.
+        Most methods use `calm_ray.methods.shared.evaluation.evaluation_steps`.
         """
 
-    def remark(self, run: RunSettings, own: S) -> str | None:
-        """What a person should know when a run starts."""
+    def notice(self, run: RunSettings, own: S) -> str | None:
+        """A notice to print when a run starts."""
         return None

@@ -1,4 +1,4 @@
-"""Methods from outside: `method: package.module:NAME` with `plugins: [package]` in the recipe."""
+"""Plug-in methods: `method: package.module:NAME` with `plugins: [package]` in the recipe."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from calm_ray.methods import METHODS
 from calm_ray.methods.base import Method
 
 
-def method_named(name: str, plugins: Sequence[str]) -> Method[Any]:
-    """One of `METHODS`, or the object that `package.module:NAME` names, whose code runs then.
+def load_method(name: str, plugins: Sequence[str]) -> Method[Any]:
+    """Returns one of `METHODS`, or imports `package.module:NAME`, which runs the package's code.
 
-    Raises ValueError, beginning with the key, for a name that is not known, a package that the recipe does not allow,
-    and code that cannot be used.
+    Raises ValueError, starting with the key, if the name is unknown, the package is not in `plugins`, the import fails,
+    or the object is not a `Method`.
     """
     if name in METHODS:
         return METHODS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(f"method: {unknown_name(name, list(METHODS))}; one of your own is named package.module:NAME")
+        raise ValueError(f"method: {unknown_name(name, list(METHODS))}; a plug-in is named package.module:NAME")
     package = module.partition(".")[0]
     if package not in plugins:
         raise ValueError(
-            f"method: {name} is code of the package {package}, which runs only where that is allowed: by "
-            f"plugins: [{package}] in the recipe, or --plugins {package} where a run is opened"
+            f"method: {name} would run code of the package {package}; allow it with plugins: [{package}] in the "
+            f"recipe, or with --plugins {package} when opening a run"
         )
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -41,17 +41,17 @@ def method_named(name: str, plugins: Sequence[str]) -> Method[Any]:
     return found
 
 
-def identity_of(package: str) -> dict[str, str | None]:
-    """The version of a package, where it was installed with one, and the hash of its Python files.
+def package_fingerprint(package: str) -> dict[str, str | None]:
+    """The version of an installed package (None if unknown) and the hash of its Python files. Does not import it.
 
-    Raises ValueError where there is no such package. Imports nothing.
+    Raises ValueError if the package is not found.
     """
     try:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
     except (ImportError, ValueError):
         spec = None
     if spec is None or spec.origin is None or not spec.has_location:
-        raise ValueError(f"plugins: there is no package {package} on this machine; install it, or set PYTHONPATH")
+        raise ValueError(f"plugins: package {package} not found; install it or set PYTHONPATH")
     found = Path(spec.origin)
     folder = found.parent
     files = sorted(folder.rglob("*.py")) if found.name == "__init__.py" else [found]

@@ -1,4 +1,4 @@
-"""One round of a run, as its steps see it, and one question of it, as a person does."""
+"""What a step sees of a round, and what `calm-ray show` sees of a question."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from calm_ray.engines.pool import EnginePool
 
 Asks = Literal["base", "start", "trained"]
-"""Which policy answers a step: the model before any training, the one the round starts from, or the one it made."""
+"""The policy that answers: the untrained model, the one the round starts from, or the one the round trains."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """Round `number`, from the policy it starts from; round 0 has no training, and only evaluates."""
+    """Round `number`. Round 0 only evaluates the starting policy."""
 
     number: int
     settings: RunSettings
@@ -33,19 +33,18 @@ class Round:
     engines: EnginePool
     start: Policy
     policy: Policy | None = None
-    """What the round made; None before its training is finished."""
+    """The policy trained in this round; None until training has finished."""
 
     def stage(self, name: str) -> Stage:
-        """The round's own folder of that name."""
+        """The folder of that name in this round."""
         return self.run.stage(self.number, name)
 
     @property
     def reference(self) -> Policy:
-        """What margins are measured against (`train.reference`)."""
+        """The reference policy (`train.reference`)."""
         return Policy() if self.settings.train.reference == "base" else self.start
 
     def answering(self, asks: Asks) -> Policy:
-        """The policy that answers a step."""
         if asks == "trained":
             assert self.policy is not None
             return self.policy
@@ -58,19 +57,19 @@ class QuestionView:
 
     run: RunDirectory
     number: int
-    """Of the round."""
+    """Number of the round."""
     languages: Sequence[str]
     chunk: str
-    """Holds the question, in all its languages."""
+    """The chunk that holds the question in all languages."""
     questions: list[Question]
     """The question in each language."""
 
     def rows(self, name: str, chunk: str | None = None) -> list[Any]:
-        """The question's rows in one folder of the round, by default in its own chunk."""
+        """The question's rows in one folder of the round; `chunk` defaults to the question's chunk."""
         stage = self.run.stage(self.number, name)
         question_id = self.questions[0]["question_id"]
         return [row for row in rows_of(stage.read_chunk(chunk or self.chunk)) if row["question_id"] == question_id]
 
     def rows_in(self, name: str, language: str) -> list[Any]:
-        """The same of a folder that engines fill, a chunk for each language."""
+        """Like `rows`, for a folder with one chunk per language, as engines write it."""
         return self.rows(name, f"{self.chunk}-{language}")

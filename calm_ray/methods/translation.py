@@ -1,4 +1,4 @@
-"""Carrying a completion into another language (CALM, section 2.2): by the model itself, or by the demo world."""
+"""Translates completions (CALM, section 2.2) with the model itself or the demo world."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from calm_ray.engines.text_service import TextService
 
 
-def translator_named(name: str, settings: RunSettings, text_service: TextService) -> Translator:
-    """The demo world itself for `world`; else the model, prompted through the engines."""
+def make_translator(name: str, settings: RunSettings, text_service: TextService) -> Translator:
+    """The demo world's translator for `world`, else the model."""
     if name == WORLD:
         return _world_translator(settings.world.seed)
     return ModelTranslator(lambda messages: text_service(messages, settings.sampling.max_new_tokens))
@@ -42,17 +42,17 @@ def load_tokenizer(model: RunModel) -> PreTrainedTokenizerBase:
 
 
 class ModelTranslator:
-    """The model itself, prompted through the engines.
+    """Prompts the model itself, through the engines.
 
-    `write` takes messages and returns the model's replies, in batches, None where there is none. A reply counts only if
-    the same letter can be read from it in the target language.
+    `write` maps a batch of messages to the model's replies, None for a failed one. A reply is accepted only if the same
+    answer letter can be parsed from it in the target language.
     """
 
     def __init__(self, write: Callable[[list[str]], Sequence[str | None]]) -> None:
         self._write = write
 
-    def carry(self, passages: Sequence[Passage]) -> list[str | None]:
-        # Many losing completions are paired with the same winner: each text is translated once.
+    def translate(self, passages: Sequence[Passage]) -> list[str | None]:
+        # Many losing completions share a winner, so translate each text once.
         distinct = list(dict.fromkeys(passages))
         replies = dict(zip(distinct, self._write([_request(passage) for passage in distinct]), strict=True))
         return [_checked(passage, replies[passage]) for passage in passages]

@@ -1,4 +1,4 @@
-"""What a run will take, worked out before anything starts: memory, places on nodes, tokens, disk and time.
+"""Estimates what a run takes before anything starts: memory, placement on nodes, tokens, disk and time.
 
-Nothing here imports Ray, vLLM or torch: a model's size is read from its configuration and its files' headers.
+Imports neither Ray, vLLM nor torch: model sizes come from config.json and safetensors headers.
 """

@@ -1,6 +1,6 @@
-"""What engines and training workers hold in memory: of each GPU (on CPUs, of the host), and of the host beside it.
+"""Estimates the memory of engines and training workers: per GPU (on CPUs, in the host), and host memory.
 
-Everything is counted for models shaped like Llama, in bytes. What cannot be counted is an allowance with a name.
+Computed in bytes for models shaped like Llama. Whatever cannot be computed is a named allowance.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from calm_ray.planning.model_shape import Shape
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FLOAT32 = 4
 CUDA_ALLOWANCE = 2 * GB
-"""Allowance on each GPU for CUDA's context and kernels, NCCL's buffers, vLLM's CUDA graphs, gaps in the allocator."""
+"""Allowance per GPU for the CUDA context and kernels, NCCL buffers, vLLM's CUDA graphs and fragmentation."""
 ENGINE_PROCESS = int(1.8 * GB)
-"""Host memory of an engine's process on CPUs with a small model and 1 GiB of cache: 1.74 GB were measured."""
+"""Host memory of a CPU engine process with a small model and 1 GiB of KV cache (measured: 1.74 GB)."""
 WORKER_PROCESS = int(0.6 * GB)
-"""Host memory of a training worker's process on CPUs: 0.57 GB were measured after its imports."""
+"""Host memory of a CPU training worker process (measured after its imports: 0.57 GB)."""
 GPU_PROCESS = 4 * GB
-"""Allowance of host memory for a process that drives a GPU: CUDA's libraries and pinned buffers."""
+"""Host memory allowance for a process with a GPU: CUDA libraries and pinned buffers."""
 SAVED_FILE = 4 << 30
-"""What the saving worker holds of full weights at a time (`calm_ray.training.model.SHARD_BYTES`)."""
+"""Bytes of full weights that the saving worker buffers (`calm_ray.training.model.SHARD_BYTES`)."""
 
 # vLLM 0.32: CacheConfig.gpu_memory_utilization, EngineArgs.get_batch_defaults for LLM on GPUs, and on CPUs.
 UTILIZATION = 0.92
-ROW_SORTED = 4 + 4 + 4 + 8
-"""Bytes of a logit while tokens are drawn: logits, probabilities, and both values and places of the sort for top-p."""
+SAMPLER_BYTES = 4 + 4 + 4 + 8
+"""Per logit while sampling: the logit, its probability, and the sorted value and index for top-p."""
 
 # TRL 1.16: chunked_logprob.TOKEN_CHUNK_SIZE and utils._CHUNKED_LOGPROB_CHUNK_SIZE.
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
@@ -39,23 +39,23 @@ TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """One GPU of an engine, or the whole engine on CPUs; bytes."""
+    """Memory of one GPU of an engine, or of a whole CPU engine; bytes."""
 
     weights: int
     activations: int
-    """Of the largest batch, with what drawing tokens takes."""
+    """Of the largest batch, including the sampler."""
     allowance: int
     kv_cache: int
-    """What is left for it; negative where the rest is too large."""
+    """The remainder; negative if the rest exceeds the limit."""
     limit: int | None
-    """What vLLM lets itself have; None where the GPU's memory is not known."""
+    """What vLLM may allocate; None if the GPU memory is unknown."""
     kv_per_token: int
-    """In the whole engine, over all its GPUs."""
+    """Summed over all GPUs of the engine."""
     cached_tokens: int
     context: int
-    """Tokens of one sequence at most (max_model_len)."""
-    most_sequences: int
-    """At a time (max_num_seqs)."""
+    """Maximum tokens per sequence (max_model_len)."""
+    max_sequences: int
+    """Maximum concurrent sequences (max_num_seqs)."""
 
     @property
     def fixed(self) -> int:
@@ -63,7 +63,7 @@ class EngineMemory:
 
     @property
     def full_sequences(self) -> float:
-        """Sequences of full length that the cache holds at a time."""
+        """How many full-length sequences fit in the KV cache."""
         return self.cached_tokens / self.context
 
     def as_json(self) -> dict[str, Any]:
@@ -71,45 +71,45 @@ class EngineMemory:
 
 
 def context_of(config: Config, shape: Shape) -> int:
-    """Tokens of a prompt and its answer that the engines take together."""
+    """Maximum tokens of a prompt plus its completion."""
     if fits_context(config):
         return shape.context
     return _count(config, "max_model_len", shape.context)
 
 
 def fits_context(config: Config) -> bool:
-    """Whether vLLM chooses the context itself, as long as its cache allows."""
+    """Whether vLLM shortens the context to fit its KV cache."""
     return config.engines.args.get("max_model_len") in (-1, "auto")
 
 
 def _count(config: Config, name: str, default: int) -> int:
-    """A count among the arguments of vLLM. Raises InputError where it is no whole number above 0."""
+    """An integer vLLM argument. Raises InputError unless it is positive."""
     value = config.engines.args.get(name)
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 10**18:
-        raise InputError(f"engines.args.{name}: must be a whole number above 0 (it is {value!r})")
+        raise InputError(f"engines.args.{name}: must be a positive integer (got {value!r})")
     return value
 
 
 def utilization(config: Config) -> float:
-    """The share of a GPU's memory that an engine takes. Raises InputError unless it is above 0, and 1 at most."""
-    share = config.engines.args.get("gpu_memory_utilization")
-    if share is None:
+    """Fraction of GPU memory that an engine may use. Raises InputError unless it is above 0 and at most 1."""
+    fraction = config.engines.args.get("gpu_memory_utilization")
+    if fraction is None:
         return UTILIZATION
-    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
-        raise InputError(f"engines.args.gpu_memory_utilization: must be above 0, and 1 at most (it is {share!r})")
-    return share
+    if not isinstance(fraction, int | float) or isinstance(fraction, bool) or not 0 < fraction <= 1:
+        raise InputError(f"engines.args.gpu_memory_utilization: must be above 0 and at most 1 (got {fraction!r})")
+    return fraction
 
 
 def _cpu_cache() -> int:
-    """The KV cache of an engine on CPUs, 1 GiB unless the environment says otherwise (see `calm_ray.engines.vllm`)."""
-    said = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
-    return max(1, int(said) if said.isdecimal() else 1) * GIB
+    """KV cache bytes of a CPU engine: VLLM_CPU_KVCACHE_SPACE in GiB, 1 by default (see `calm_ray.engines.vllm`)."""
+    gib = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
+    return max(1, int(gib) if gib.isdecimal() else 1) * GIB
 
 
 def batch_limits(config: Config, context: int, device: Device) -> tuple[int, int]:
-    """(sequences, tokens) of one step of vLLM at most, by its defaults for the device unless the recipe says them."""
+    """Maximum (sequences, tokens) of one vLLM step: from the recipe, else vLLM's defaults for the device."""
     sequences, tokens = 256, 4096 if config.device == "cpu" else 8192
     if config.device == "gpu" and device.memory >= 70 * GIB and not device.name.startswith("A100"):
         sequences, tokens = 1024, 16384
@@ -118,19 +118,19 @@ def batch_limits(config: Config, context: int, device: Device) -> tuple[int, int
 
 
 def engine_memory(config: Config, shape: Shape, memory: int | None, device: Device) -> EngineMemory:
-    """What an engine holds of each of its GPUs, which have `memory` bytes; on CPUs, of the host."""
+    """Memory of an engine on each of its GPUs of `memory` bytes; on CPUs, in the host."""
     engines, args = config.engines, config.engines.args
     size, width = engines.tensor_parallel_size, BYTES[engines.dtype]
     context = context_of(config, shape)
     sequences, tokens = batch_limits(config, context, device)
     weights = width * shape.parameters // size
-    # The residual stream and its norm whole, and a layer's widest part: gate, up and their product.
+    # Unsharded residual stream and norm, plus the widest part of a layer: gate, up and their product.
     hidden = tokens * width * (2 * shape.hidden + 3 * shape.intermediate // size)
-    activations = hidden + sequences * shape.vocabulary * ROW_SORTED
+    activations = hidden + sequences * shape.vocabulary * SAMPLER_BYTES
     allowance = CUDA_ALLOWANCE if config.device == "gpu" else 0
     kv_width = 1 if str(args.get("kv_cache_dtype", "auto")).startswith("fp8") else width
     per_token = kv_width * shape.kv_values
-    # With more GPUs than key heads, GPUs hold the same heads.
+    # With more GPUs than key/value heads, vLLM replicates heads.
     per_gpu = per_token * max(1, shape.kv_heads // size) // shape.kv_heads
     limit = None if memory is None else int(utilization(config) * memory)
     if config.device == "cpu":
@@ -145,82 +145,82 @@ def engine_memory(config: Config, shape: Shape, memory: int | None, device: Devi
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """A training worker, on its GPU or, on CPUs, in the host; bytes."""
+    """Memory of a training worker on its GPU, or on CPUs in the host; bytes."""
 
     weights: int
-    """Its share of the model."""
-    optimiser: int
-    """Its share of gradients and Adam's two moments of what is trained; with LoRA, of the adapter itself, too."""
+    """Its shard of the model."""
+    optimizer: int
+    """Its shard of the gradients and Adam's two moments; with LoRA, of the adapter, too."""
     gathered: int
-    """Whole while they compute: embeddings and head, and two layers, the one at work and the next."""
+    """Unsharded parameters: embeddings, head, the current layer and the prefetched next one."""
     activations: int
     logps: int
-    """The head's logits in tiles, and the gradients that they leave."""
+    """Tiles of logits, and the gradients they leave."""
     step: int
-    """What the optimiser's step takes, when all of the three above are gone."""
+    """Temporary memory of the optimizer step, when the three above are freed."""
     allowance: int
     tokens: int
-    """Of the largest forward pass."""
+    """In the largest forward pass."""
 
     @property
     def total(self) -> int:
-        """At the worst moment."""
+        """Peak memory."""
         computing = self.gathered + self.activations + self.logps
-        return self.weights + self.optimiser + max(computing, self.step) + self.allowance
+        return self.weights + self.optimizer + max(computing, self.step) + self.allowance
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "total": self.total}
 
 
 def pack_tokens(config: Config, shape: Shape) -> int:
-    """Tokens of a worker's largest forward pass: a pack, or one pair that is larger. Both sides of a pair count.
+    """Tokens of a worker's largest forward pass: a full pack, or a single larger pair, counting both sides.
 
-    No sequence is longer than `train.max_pair_tokens` or than what engines take, which wrote it.
+    `train.max_pair_tokens` and the engines' context limit each sequence.
     """
     train = config.train
     pair = config.objective.sides * min(train.max_pair_tokens, context_of(config, shape))
     if train.engine == "trl":
-        pairs = train.trl.get("per_device_train_batch_size", max(1, train.batch_pairs // train.most_workers))
+        pairs = train.trl.get("per_device_train_batch_size", max(1, train.batch_pairs // train.max_workers))
         return int(pairs) * pair
     return max(train.pack_tokens, pair)
 
 
 def worker_memory(config: Config, shape: Shape, workers: int) -> WorkerMemory:
-    """What each of so many training workers holds. The model is shared by all of them, or by `train.shards`."""
+    """Memory of each of `workers` training workers. The model is sharded over all of them, or over `train.shards`."""
     train = config.train
     shards = train.shards or workers
     width, tokens = BYTES[train.dtype], pack_tokens(config, shape)
     whole = shape.root_parameters + 2 * shape.layer_parameters
     gathered = width * whole
-    logps = tokens * shape.hidden * (width + FLOAT32)  # the scored states, and their gradient
+    logps = tokens * shape.hidden * (width + FLOAT32)  # scored hidden states and their gradients
     logps += min(tokens, TILE_TOKENS) * min(shape.vocabulary, TILE_VOCABULARY) * width
     if train.lora is None:
         weights = FLOAT32 * shape.parameters // shards
         trained = shape.parameters
-        optimiser = 3 * FLOAT32 * trained // shards
-        # Gradients as they are computed, and in float32 as they are summed over the workers; the head's own sum.
+        optimizer = 3 * FLOAT32 * trained // shards
+        # Gradients as computed and, in float32, as reduced over the workers; plus the sum for the head.
         gathered += (width + FLOAT32) * whole
         logps += FLOAT32 * shape.vocabulary * shape.hidden
     else:
         weights = width * shape.parameters // shards
         trained = shape.lora_parameters(train.lora)
-        optimiser = 4 * FLOAT32 * trained // shards
+        optimizer = 4 * FLOAT32 * trained // shards
     return WorkerMemory(
-        weights, optimiser, gathered, _activations(train, shape, tokens), logps,
-        step=FLOAT32 * trained // shards,  # one more copy, while the second moments' roots are taken
+        weights, optimizer, gathered, _activations(train, shape, tokens), logps,
+        step=FLOAT32 * trained // shards,  # one temporary copy, for the square root of the second moments
         allowance=CUDA_ALLOWANCE if config.device == "gpu" else 0, tokens=tokens,
     )  # fmt: skip
 
 
 def _activations(train: Train, shape: Shape, tokens: int) -> int:
-    """What a forward pass keeps for the backward pass, after Korthikanti et al. 2022 (section 4), without dropout.
+    """Activations kept for the backward pass, after Korthikanti et al. 2022 (section 4), without dropout.
 
-    With checkpointing a layer keeps its input alone, and one layer at a time is computed again (section 5). The
-    gradients that flow back through one layer take about as much as what that layer kept.
+    With checkpointing, a layer keeps only its input and is recomputed in the backward pass, one layer at a time
+    (section 5). Gradients within a layer take about as much memory as its activations.
     """
     width = BYTES[train.dtype]
     layer = tokens * kept_per_token(train, shape)
-    if train.attention == "eager":  # scores in float32 and in the model's own type
+    if train.attention == "eager":  # scores in float32 and in the model's dtype
         layer += shape.heads * tokens**2 * (FLOAT32 + width)
     if train.activation_checkpointing:
         return shape.layers * tokens * shape.hidden * width + 2 * layer
@@ -228,18 +228,18 @@ def _activations(train: Train, shape: Shape, tokens: int) -> int:
 
 
 def kept_per_token(train: Train, shape: Shape) -> int:
-    """Bytes that a layer without checkpointing keeps of each token, attention's scores aside."""
+    """Bytes per token that a layer keeps without checkpointing, excluding attention scores."""
     width, widths = BYTES[train.dtype], shape.widths()
     queries, keys = widths["q_proj"][1], widths["k_proj"][1]
-    norms = 2 * FLOAT32 * (shape.hidden + 1)  # transformers' norms compute in float32
-    attention = width * 2 * (queries + keys) + FLOAT32 * shape.heads  # query, output, key, value; sums of the scores
+    norms = 2 * FLOAT32 * (shape.hidden + 1)  # transformers computes norms in float32
+    attention = width * 2 * (queries + keys) + FLOAT32 * shape.heads  # query, output, key, value; log-sum-exp
     kept = norms + attention + width * 3 * shape.intermediate  # gate, its activation, up
     if train.lora is None:
-        # The weights' gradients need each map's input, and each norm's value before its weight.
+        # Weight gradients need the input of each linear layer, and each norm before scaling.
         return kept + width * (4 * shape.hidden + queries + shape.intermediate)
     targets = set(train.lora.targets) & widths.keys()
     inputs = {name: widths[name][0] for name in targets}
-    if width == FLOAT32:  # else PEFT makes a copy in float32 for each adapter
+    if width == FLOAT32:  # otherwise PEFT makes a float32 copy per adapter
         shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
         inputs = {shared.get(name, name): size for name, size in inputs.items()}
     return kept + FLOAT32 * (sum(inputs.values()) + train.lora.r * len(targets))
@@ -247,21 +247,21 @@ def kept_per_token(train: Train, shape: Shape) -> int:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Of the machine, bytes."""
+    """Host memory, bytes."""
 
     engine: int
     worker: int
     node: int
-    """Once on a node that has engines: merging an adapter into the weights."""
+    """Once per node with engines: merging an adapter into the weights."""
 
 
 def host_memory(config: Config, shape: Shape, engine: EngineMemory, worker: WorkerMemory) -> HostMemory:
-    """What processes hold of the host, beside what Ray's object store and the system take."""
+    """Host memory of the processes, excluding Ray's object store and the system."""
     engines, size = config.engines, config.engines.tensor_parallel_size
     merging = engines.refresh == "merged" and config.train.lora is not None
     node = BYTES[engines.dtype] * shape.parameters if merging else 0
     if config.device == "cpu":
         return HostMemory(ENGINE_PROCESS + engine.weights, WORKER_PROCESS + worker.total, node)
-    asleep = size * engine.weights if config.placement == "colocate" else 0  # where engines sleep, their weights wait
+    asleep = size * engine.weights if config.placement == "colocate" else 0  # sleeping engines offload weights
     saving = 0 if config.train.lora is not None else min(SAVED_FILE, BYTES["bfloat16"] * shape.parameters)
     return HostMemory(size * GPU_PROCESS + asleep, GPU_PROCESS + saving, node)

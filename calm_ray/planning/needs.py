@@ -1,4 +1,4 @@
-"""The engines and training workers of a recipe, as a cluster counts them."""
+"""The Ray resources that a recipe needs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from calm_ray.config import Config
 
 
 def needs_of(config: Config, training: bool = True, workers: int | None = None) -> Needs:
-    """The engines of a run, and the training workers, which come and go beside them.
+    """Needs of a run's engines, training workers and data tasks.
 
-    `workers` is how many of them to count, by default the most that `train.workers` names. Where engines and workers
-    share GPUs (`placement: colocate`), every GPU is counted once, with its engine.
+    `workers` defaults to the maximum of `train.workers`. With `placement: colocate`, engines and workers share GPUs:
+    each GPU counts once, with its engine.
     """
     engines, gpus = config.engines, config.device == "gpu"
     size = engines.tensor_parallel_size
@@ -18,9 +18,9 @@ def needs_of(config: Config, training: bool = True, workers: int | None = None) 
     takes = {"CPU": engines.cpus if size == 1 else float(size), "GPU": float(size * gpus)}
     parts = [Group("engine", count, takes)]
     if training:
-        workers = config.train.most_workers if workers is None else workers
-        cpus, own = config.train.cpus_per_worker, config.placement == "split"
-        parts += [Group("worker", workers, {"CPU": cpus, "GPU": float(gpus and own)})]
+        workers = config.train.max_workers if workers is None else workers
+        cpus, own_gpus = config.train.cpus_per_worker, config.placement == "split"
+        parts += [Group("worker", workers, {"CPU": cpus, "GPU": float(gpus and own_gpus)})]
         spare = DATA_CPUS - workers * cpus
         parts += [Group("data task", 1, {"CPU": spare})] if spare > 0 else []
     return Needs(parts)

@@ -1,4 +1,4 @@
-"""The plan of a run: where its parts go, what they hold, and a refusal that names what would fit."""
+"""The plan of a run: placement, memory, work and time, or an error that suggests settings that fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from calm_ray.cluster.machines import DEVICES, Device, Node
 from calm_ray.config import Config
 from calm_ray.core.errors import ResourceError
 from calm_ray.planning.durations import seconds_of
-from calm_ray.planning.layout import Layout, lay_out
+from calm_ray.planning.layout import Layout, make_layout
 from calm_ray.planning.model_shape import Shape
 from calm_ray.planning.proposals import proposals
 from calm_ray.planning.work import RoundWork, count_questions, work_of
@@ -26,7 +26,7 @@ class Plan:
     """None on CPUs."""
     work: RoundWork
     seconds: dict[str, float]
-    """Of each step of one round; empty on CPUs, for which nothing is estimated."""
+    """Per step of one round; empty on CPUs, where time is not estimated."""
 
     def as_json(self) -> dict[str, Any]:
         layout = self.layout
@@ -46,8 +46,8 @@ class Plan:
 
 
 def make_plan(config: Config, shape: Shape, nodes: Sequence[Node]) -> Plan:
-    """The plan of a run on these nodes. Raises ResourceError where they cannot hold it."""
-    layout = lay_out(config, shape, nodes)
+    """Plans a run on these nodes. Raises ResourceError if it does not fit."""
+    layout = make_layout(config, shape, nodes)
     refuse(config, shape, nodes, layout)
     work = work_of(config, shape, count_questions(config))
     if config.device == "cpu":
@@ -57,27 +57,27 @@ def make_plan(config: Config, shape: Shape, nodes: Sequence[Node]) -> Plan:
 
 
 def check_plan(config: Config, shape: Shape, nodes: Sequence[Node]) -> None:
-    """Raises ResourceError where the nodes of a cluster, those it may still start among them, cannot hold a run.
+    """Raises ResourceError if a run does not fit on the nodes of a cluster, including those it may still start.
 
-    The message names what is short, and overrides under which the run would fit. What a node's `gpu_memory` or `memory`
-    does not say (None) is not checked. Raises InputError for arguments of engines that cannot be.
+    The message says what is short and which overrides would fit. Unknown amounts of memory (None) are not checked.
+    Raises InputError for invalid engine arguments.
     """
-    refuse(config, shape, nodes, lay_out(config, shape, nodes))
+    refuse(config, shape, nodes, make_layout(config, shape, nodes))
 
 
 def refuse(config: Config, shape: Shape, nodes: Sequence[Node], layout: Layout) -> None:
-    """Raises ResourceError if a layout has problems."""
+    """Raises ResourceError, with proposals, if a layout has problems."""
     if not layout.problems:
         return
     lines = ["this run does not fit:", *(f"  {problem}" for problem in layout.problems)]
     found = proposals(config, shape, nodes)
     if found:
-        lines += ["it would fit on these nodes with", *(f"  {' '.join(map(quoted, change))}" for change in found)]
+        lines += ["it fits on these nodes with:", *(f"  {' '.join(map(quoted, change))}" for change in found)]
     else:
-        lines += ["and no change of one or two keys would make it fit on these nodes: take more, or larger ones"]
+        lines += ["no change of one or two keys makes it fit; use more or larger nodes"]
     raise ResourceError("\n".join(lines))
 
 
 def quoted(word: str) -> str:
-    """An override as a shell wants it."""
+    """An override, quoted for a shell if needed."""
     return f"'{word}'" if any(character in word for character in " []{}") else word

@@ -1,4 +1,4 @@
-"""The nearest layouts that fit where a run does not: changes of one key, then of two, each checked like the run."""
+"""Proposes overrides that make a run fit: changes of one key, then of two, each checked by laying out the run."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import Any
 
 from calm_ray.cluster.machines import Node
 from calm_ray.config import Config, parse_config
-from calm_ray.planning.layout import lay_out
+from calm_ray.planning.layout import make_layout
 from calm_ray.planning.memory import context_of, utilization
 from calm_ray.planning.model_shape import Shape
-from calm_ray.recipes import override
+from calm_ray.recipes.merge import override
 
-MOST = 3
-"""Proposals that are made."""
+MAX_PROPOSALS = 3
 
 Change = tuple[str, ...]
-"""Overrides that go together."""
+"""Overrides to apply together."""
 
 
 def proposals(config: Config, shape: Shape, nodes: Sequence[Node]) -> list[Change]:
-    """Overrides under which the run fits onto these nodes: up to three, of different keys; none where none is known.
+    """Up to three changes, of different keys, that each make the run fit on these nodes.
 
-    What is learnt stays the same, unless nothing else helps than to leave out longer pairs.
+    They do not affect the training result, except for dropping longer pairs, which is tried last.
     """
     keys = [list(values) for values in _changes(config, shape)]
     found: list[Change] = []
@@ -32,13 +31,13 @@ def proposals(config: Config, shape: Shape, nodes: Sequence[Node]) -> list[Chang
     if not found:
         for one, other in combinations(keys, 2):
             found += _first_that_fits([a + b for a in one for b in other], config, shape, nodes)
-            if len(found) >= MOST:
+            if len(found) >= MAX_PROPOSALS:
                 break
-    return found[:MOST]
+    return found[:MAX_PROPOSALS]
 
 
 def changed(config: Config, change: Change) -> Config | None:
-    """The configuration with overrides; None where they do not go together with the rest of it."""
+    """The configuration with overrides applied; None if the result is invalid."""
     raw: dict[str, Any] = config.model_dump(mode="json")
     for word in change:
         override(raw, word)
@@ -51,17 +50,17 @@ def changed(config: Config, change: Change) -> Config | None:
 def _first_that_fits(values: list[Change], config: Config, shape: Shape, nodes: Sequence[Node]) -> list[Change]:
     for change in values:
         after = changed(config, change)
-        if after is not None and not lay_out(after, shape, nodes).problems:
+        if after is not None and not make_layout(after, shape, nodes).problems:
             return [change]
     return []
 
 
 def _changes(config: Config, shape: Shape) -> Iterator[Iterator[Change]]:
-    """For each key the values to try, the nearest first; those that cost least come first."""
-    yield _less_to_compute_with(config, shape)
-    yield _caches(config, shape)
+    """The values to try, by key: cheapest keys first, nearest values first."""
+    yield _lighter_training(config, shape)
+    yield _engine_limits(config, shape)
     yield _engine_sizes(config)
-    yield _more_workers(config, nodes_most=64)
+    yield _more_workers(config, max_nodes=64)
     yield _colocated(config)
     yield _fewer_engines(config)
     yield _fewer_workers(config)
@@ -69,7 +68,7 @@ def _changes(config: Config, shape: Shape) -> Iterator[Iterator[Change]]:
     yield _shorter_pairs(config, shape)
 
 
-def _less_to_compute_with(config: Config, shape: Shape) -> Iterator[Change]:
+def _lighter_training(config: Config, shape: Shape) -> Iterator[Change]:
     train = config.train
     if not train.activation_checkpointing:
         yield ("train.activation_checkpointing=true",)
@@ -79,10 +78,10 @@ def _less_to_compute_with(config: Config, shape: Shape) -> Iterator[Change]:
         yield (f"train.pack_tokens={tokens}",)
 
 
-def _caches(config: Config, shape: Shape) -> Iterator[Change]:
-    for share in (0.92, 0.95):
-        if share > utilization(config):
-            yield (f"engines.args.gpu_memory_utilization={share}",)
+def _engine_limits(config: Config, shape: Shape) -> Iterator[Change]:
+    for fraction in (0.92, 0.95):
+        if fraction > utilization(config):
+            yield (f"engines.args.gpu_memory_utilization={fraction}",)
     if config.device == "gpu":
         for tokens in _halves(context_of(config, shape), 1024):
             yield (f"engines.args.max_model_len={tokens}",)
@@ -97,14 +96,14 @@ def _engine_sizes(config: Config) -> Iterator[Change]:
 
 
 def _colocated(config: Config) -> Iterator[Change]:
-    """Every training worker needs an engine's GPU beside it."""
+    """Colocated workers each need the GPU of an engine."""
     if config.device == "cpu" or config.placement == "colocate":
         return
-    places = config.engines.count(config.languages) * config.engines.tensor_parallel_size
-    if config.train.most_workers <= places:
+    gpus = config.engines.count(config.languages) * config.engines.tensor_parallel_size
+    if config.train.max_workers <= gpus:
         yield ("placement=colocate",)
     elif not config.train.is_elastic:
-        yield "placement=colocate", f"train.workers={places}"
+        yield "placement=colocate", f"train.workers={gpus}"
 
 
 def _fewer_engines(config: Config) -> Iterator[Change]:
@@ -116,25 +115,25 @@ def _fewer_engines(config: Config) -> Iterator[Change]:
 
 
 def _fewer_workers(config: Config) -> Iterator[Change]:
-    least = config.train.least_workers
+    least = config.train.min_workers
     for fewer in _fewer(least):
         if config.train.is_elastic:
-            yield (f"train.workers=[{fewer}, {config.train.most_workers}]",)
+            yield (f"train.workers=[{fewer}, {config.train.max_workers}]",)
         else:
             yield (f"train.workers={fewer}",)
 
 
-def _more_workers(config: Config, nodes_most: int) -> Iterator[Change]:
-    """They share the model, so that each holds less."""
+def _more_workers(config: Config, max_nodes: int) -> Iterator[Change]:
+    """More workers shard the model further, so each needs less memory."""
     if config.train.is_elastic or config.train.shards is not None or config.device == "cpu":
         return
-    workers = config.train.most_workers
-    while (workers := 2 * workers) <= 8 * nodes_most:
+    workers = config.train.max_workers
+    while (workers := 2 * workers) <= 8 * max_nodes:
         yield (f"train.workers={workers}",)
 
 
 def _fewer(count: int) -> list[int]:
-    """Counts below one, the nearest first: all of a few, else powers of two."""
+    """Counts below `count`, nearest first: every one up to 32, else powers of two."""
     powers = [2**power for power in range(count.bit_length() - 1, -1, -1)]
     return [number for number in (range(count - 1, 0, -1) if count <= 32 else powers) if number < count]
 
@@ -151,7 +150,7 @@ def _fewer_cpus(config: Config) -> Iterator[Change]:
 
 
 def _shorter_pairs(config: Config, shape: Shape) -> Iterator[Change]:
-    """Longer pairs are left out, so this comes last."""
+    """Tried last: drops longer pairs."""
     train = config.train
     for tokens in _halves(min(train.max_pair_tokens, context_of(config, shape)), 512):
         yield f"train.max_pair_tokens={tokens}", f"train.pack_tokens={min(train.pack_tokens, 2 * tokens)}"

@@ -1,4 +1,4 @@
-"""How much a run reads, writes, trains on and stores: tokens, pairs and bytes, at most."""
+"""Upper bounds on what a run reads, generates, trains on and stores: tokens, pairs and bytes."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from calm_ray.planning.model_shape import Shape
 from calm_ray.run.policies import RunModel
 
 PROMPT_TOKENS = 256
-"""Assumed of a prompt where the questions cannot be read."""
+"""Assumed prompt length if the questions cannot be read."""
 TEXT_BYTES_PER_TOKEN = 4
-"""Assumed of text in UTF-8, English being at about this."""
+"""Assumed UTF-8 bytes per token, about that of English."""
 CHOICES = 4
-"""Assumed of a question that cannot be read."""
+"""Assumed choices per question if the questions cannot be read."""
 CHECKPOINTS = 2
-"""The last checkpoint, and the one being written."""
+"""The last checkpoint and the one being written."""
 POLICIES = 2
-"""The current policy, and the one that margins are measured against."""
+"""The current policy and the reference."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What is asked."""
+    """The questions of a run."""
 
     align: int
-    """Questions to align on, each in every language; 1 where they could not be counted."""
+    """Questions to align on, each in every language; 1 if they could not be counted."""
     evaluate: int
     """Held-out questions."""
     is_counted: bool
@@ -42,58 +42,58 @@ class Counts:
 
 @dataclass(frozen=True)
 class RoundWork:
-    """One round, at most. Where nothing could be counted: of one question."""
+    """Upper bounds for one round, or for one question if the questions could not be counted."""
 
     sizes: Sizes
     is_counted: bool
     steps: dict[str, Work]
-    """By the steps' names, in their order."""
+    """By step name, in execution order."""
     disk: dict[str, int]
-    """Bytes in the run's storage, by what they are, of one round."""
+    """Bytes per round in the run's storage, by content."""
     cache: dict[str, int]
-    """Bytes in the cache of each node, by what they are."""
+    """Bytes in the cache of each node, by content."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def count_questions(config: Config) -> Counts:
-    """The questions of a run, where their files are on this machine; else of one question, and of one held out.
+    """Counts a run's questions if their files are on this machine; else assumes one, and one held out.
 
-    Raises InputError where the files are there and hold no question.
+    Raises InputError if the files contain no questions.
     """
     if config.model == WORLD:
         from calm_ray.demo.generator import build_world, world_questions
 
         asked, held_out = world_questions(build_world(config.world.seed))
         return _counts(asked, _distinct(held_out))
-    places = config.questions
-    assert places.align is not None
-    align = _read(config, places.align)
-    if align is None or places.align_subjects or places.evaluate_subjects:
+    sources = config.questions
+    assert sources.align is not None
+    align = _read(config, sources.align)
+    if align is None or sources.align_subjects or sources.evaluate_subjects:
         return Counts(1, 1, False, PROMPT_TOKENS, CHOICES)
-    if places.split is not None:
-        whole, train = _counts(align, 0), places.split.train
+    if sources.split is not None:
+        whole, train = _counts(align, 0), sources.split.train
         return Counts(min(train, whole.align), max(0, whole.align - train), True, whole.prompt_tokens, whole.choices)
-    if places.evaluate is None:
+    if sources.evaluate is None:
         return _counts(align, 0)
-    evaluate = _read(config, places.evaluate)
+    evaluate = _read(config, sources.evaluate)
     return _counts(align, _distinct(evaluate)) if evaluate is not None else Counts(1, 1, False, PROMPT_TOKENS, CHOICES)
 
 
 def _read(config: Config, source: str) -> list[Question] | None:
-    from calm_ray.questions.reader import take_in
+    from calm_ray.questions.reader import load_questions
     from calm_ray.questions.sources import matching
 
     if source.startswith("hub:") or not matching(source.replace("{language}", "*")):
         return None
-    languages = list(dict.fromkeys([*config.languages, *config.asked_languages]))
-    found = take_in(
+    languages = list(dict.fromkeys([*config.languages, *config.evaluation_languages]))
+    found = load_questions(
         source, languages, on_bad_row="skip", language=config.questions.language, allow_missing=languages,
         allow_open=True,
     ).questions  # fmt: skip
     if not found:
-        raise InputError(f"questions: {source} holds no question in {', '.join(languages)}")
+        raise InputError(f"questions: {source} has no questions in {', '.join(languages)}")
     return found
 
 
@@ -108,14 +108,14 @@ def _counts(align: Sequence[Question], evaluate: int) -> Counts:
 
 
 def sizes_of(config: Config, shape: Shape, counts: Counts) -> Sizes:
-    """Every completion as long as `sampling.max_new_tokens` and the engines' context let it be."""
+    """Assumes that every completion reaches `sampling.max_new_tokens` or the engines' context limit."""
     context = context_of(config, shape)
     prompt = min(counts.prompt_tokens, context - 1)
     return Sizes(
         questions=counts.align,
         held_out=counts.evaluate,
         languages=len(config.languages),
-        evaluation_languages=len(config.asked_languages),
+        evaluation_languages=len(config.evaluation_languages),
         prompt=prompt,
         reply=min(config.sampling.max_new_tokens, context - prompt),
         choices=counts.choices,
@@ -123,17 +123,17 @@ def sizes_of(config: Config, shape: Shape, counts: Counts) -> Sizes:
 
 
 def work_of(config: Config, shape: Shape, counts: Counts) -> RoundWork:
-    """What one round takes, step by step."""
+    """Work of one round by step."""
     sizes = sizes_of(config, shape, counts)
     steps: dict[str, Work] = {}
     for step in (*config.steps, config.training, *config.evaluation):
-        is_trained = step in config.evaluation or config.rounds > 0  # nothing else is done without rounds
-        steps[step.name] = step.work(sizes, steps) if is_trained else Work()
+        runs = step in config.evaluation or config.rounds > 0  # without rounds, only evaluation runs
+        steps[step.name] = step.work(sizes, steps) if runs else Work()
     return RoundWork(sizes, counts.is_counted, steps, _disk(config, shape, steps), _cache(config, shape))
 
 
 def _disk(config: Config, shape: Shape, steps: dict[str, Work]) -> dict[str, int]:
-    """Bytes of one round in the run's storage."""
+    """Bytes per round in the run's storage."""
     policy, checkpoint = _trained(config, shape)
     return {
         **{name: work.disk for name, work in steps.items() if work.disk},
@@ -143,7 +143,7 @@ def _disk(config: Config, shape: Shape, steps: dict[str, Work]) -> dict[str, int
 
 
 def _cache(config: Config, shape: Shape) -> dict[str, int]:
-    """Bytes on a node's own disk: its copies, and a checkpoint on its way to or from the storage."""
+    """Bytes on a node's disk: local copies, and a checkpoint on its way to or from storage."""
     is_copied = config.model == WORLD or not RunModel(config.model).is_folder
     is_merged = config.engines.refresh == "merged" and config.train.lora is not None
     whole = BYTES["bfloat16"] * shape.parameters
@@ -151,13 +151,13 @@ def _cache(config: Config, shape: Shape) -> dict[str, int]:
     return {
         "model": whole * is_copied,
         f"{POLICIES} policies": POLICIES * policy,
-        "2 merged models": 2 * whole * is_merged,  # the previous one goes when the new one is loaded
+        "2 merged models": 2 * whole * is_merged,  # the old one is deleted once the new one is loaded
         "checkpoint": checkpoint,
     }
 
 
 def _trained(config: Config, shape: Shape) -> tuple[int, int]:
-    """Bytes of a policy, and of a checkpoint: what is trained and Adam's two moments, in float32."""
+    """(policy, checkpoint) bytes. A checkpoint holds the trained weights and Adam's two moments in float32."""
     lora = config.train.lora
     if lora is None:
         return BYTES["bfloat16"] * shape.parameters, 3 * FLOAT32 * shape.parameters

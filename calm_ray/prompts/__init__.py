@@ -1,1 +1,1 @@
-"""How a question is put to a model, and how its answer is read."""
+"""Builds prompts from questions and parses the answers."""

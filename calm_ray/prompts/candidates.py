@@ -1,6 +1,6 @@
-"""The candidate answers to a question, as text and as tokens: what is put before a policy to be scored.
+"""Candidate answers to a question as text and tokens, for a policy to score.
 
-Their index means the same in every language, as that of a question's choices does.
+Candidates are parallel by index across languages, like a question's choices.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MASK = "<mask>"
-"""What stands in a cloze for its answer."""
+"""The placeholder for the answer in a cloze."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as text: what a candidate follows, and each candidate, by itself and as it follows."""
+    """A question as text: the prompt, and the candidates by themselves (`choices`) and as they follow it (`texts`)."""
 
     prompt: str
     choices: list[str]
@@ -33,26 +33,26 @@ class Asked:
 
 @dataclass(frozen=True)
 class CandidateForm:
-    """How candidates are made of questions. Picklable."""
+    """How to build candidates from questions. Picklable."""
 
     write: Callable[[Question], Asked]
     chat: bool = False
-    """Whether the question is asked in the model's chat template."""
+    """Whether to use the model's chat template."""
 
     def of(self, question: Question, tokenizer: PreTrainedTokenizerBase) -> CandidateSet:
-        """Raises BadRow where a candidate is no token, or two are the same."""
+        """Raises BadRow if a candidate has no tokens, or two candidates are identical."""
         return tokenized(question, self.write(question), tokenizer, chat=self.chat)
 
 
 def as_letters(question: Question) -> Asked:
-    """The question with its lettered choices, and the answer's marker; a letter follows."""
+    """The question with its lettered choices and the answer marker, followed by a letter."""
     language = LANGUAGES[question["language"]]
     own = list(letters(question))
     return Asked(f"{question_text(question)}\n{language.answer}", own, [f"{language.space}{one}" for one in own])
 
 
 def as_choices(question: Question) -> Asked:
-    """The question, or what stands before a cloze's mask; a choice follows, and what stands behind the mask."""
+    """The question, or a cloze up to its mask, followed by a choice and the rest of the cloze."""
     before, mask, after = question["text"].partition(MASK)
     space = before[len(before.rstrip()) :] if mask else LANGUAGES[question["language"]].space
     texts = [f"{space}{choice}{after}" for choice in question["choices"]]
@@ -60,14 +60,14 @@ def as_choices(question: Question) -> Asked:
 
 
 FORMS: dict[str, Callable[[Question], Asked]] = {"letters": as_letters, "choices": as_choices}
-"""The forms that need nothing but the question."""
+"""Forms that need only the question."""
 
 
 def tokenized(question: Question, asked: Asked, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> CandidateSet:
-    """A question's candidates as tokens.
+    """Tokenizes a question's candidates.
 
-    A candidate's tokens are those that prompt and candidate together have beyond the prompt's; where the two grow
-    together at the seam, the candidate is tokenised by itself. An empty prompt is the beginning of a sequence.
+    A candidate's tokens are those that prompt plus candidate have beyond the prompt's. If tokens merge across the
+    boundary, the candidate is tokenized by itself. An empty prompt becomes a beginning-of-sequence token.
     """
     if chat:
         prompt, ids = plain_prompt(tokenizer, asked.prompt), encode_prompt(tokenizer, asked.prompt)
@@ -75,7 +75,7 @@ def tokenized(question: Question, asked: Asked, tokenizer: PreTrainedTokenizerBa
         sides = [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     else:
         prompt, texts = asked.prompt, asked.texts
-        ids = list(tokenizer.encode(prompt)) or [_beginning(tokenizer)]
+        ids = list(tokenizer.encode(prompt)) or [_first_token(tokenizer)]
         sides = [_side(ids, prompt, text, tokenizer) for text in texts]
     _check(asked, sides)
     gold = question["gold"]
@@ -98,8 +98,8 @@ def _side(ids: list[int], prompt: str, text: str, tokenizer: PreTrainedTokenizer
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What a sequence begins with where the prompt is empty, as lm-evaluation-harness has it."""
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Stands in for an empty prompt, as in lm-evaluation-harness."""
     return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
 
 
@@ -108,15 +108,15 @@ def _check(asked: Asked, sides: Sequence[list[int]]) -> None:
     tokens: dict[tuple[int, ...], int] = {}
     for number, (choice, side) in enumerate(zip(asked.choices, sides, strict=True)):
         if not side:
-            raise BadRow("a candidate is no token to the model's tokenizer", f"{label(number)}, {choice!r}")
+            raise BadRow("a candidate has no tokens in the model's tokenizer", f"{label(number)}, {choice!r}")
         if (first := texts.setdefault(choice.strip(), number)) != number:
             both = f"{label(first)} and {label(number)}, {choice.strip()!r}"
-            raise BadRow("two candidates are the same", both)
+            raise BadRow("two candidates are identical", both)
         if (first := tokens.setdefault(tuple(side), number)) != number:
             both = f"{label(first)} and {label(number)}, {asked.choices[first]!r} and {choice!r}"
-            raise BadRow("two candidates are the same to the model's tokenizer", both)
+            raise BadRow("two candidates are identical to the model's tokenizer", both)
 
 
 def label(number: int) -> str:
-    """The name of a candidate by its index: its letter, or, after Z, its number."""
+    """Returns the name of a candidate by index: its letter or, after Z, its number."""
     return LETTERS[number] if number < len(LETTERS) else str(number + 1)

@@ -1,4 +1,4 @@
-"""Answers by number: columns of completions in, the numbers of their letters out."""
+"""Parses columns of completions into columns of letter indices."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from calm_ray.prompts.questions import LETTERS
 from calm_ray.prompts.released import RELEASED_LETTERS, released_answers
 
 Ints = NDArray[np.int64]
-NOBODY = -1
-"""Stands for an answer that cannot be read, and for a vote without a winner."""
+NO_ANSWER = -1
+"""Index for an unparseable answer, or for a vote without a winner."""
 
 
 def letter_index(answer: str | None) -> int:
-    """The number of a letter, from 0; NOBODY for None."""
-    return NOBODY if answer is None else LETTERS.index(answer)
+    """Returns the index of a letter, from 0; NO_ANSWER for None."""
+    return NO_ANSWER if answer is None else LETTERS.index(answer)
 
 
 def letter(index: Any) -> str | None:
-    """The letter of a number; None for NOBODY."""
-    return None if index == NOBODY else LETTERS[int(index)]
+    """Returns the letter at an index; None for NO_ANSWER."""
+    return None if index == NO_ANSWER else LETTERS[int(index)]
 
 
 def _strict(texts: pa.Array, language: str, choices: Callable[[int], Sequence[str]]) -> Ints:
@@ -39,22 +39,22 @@ def _strict(texts: pa.Array, language: str, choices: Callable[[int], Sequence[st
 
 def _released(texts: pa.Array, language: str, choices: Callable[[int], Sequence[str]]) -> Ints:
     answers = pc.index_in(released_answers(texts, language), RELEASED_LETTERS)
-    return pc.fill_null(answers, NOBODY).to_numpy().astype(np.int64)
+    return pc.fill_null(answers, NO_ANSWER).to_numpy().astype(np.int64)
 
 
 EXTRACTORS: dict[str, Callable[[pa.Array, str, Callable[[int], Sequence[str]]], Ints]] = {
     "strict": _strict,
     "released": _released,
 }
-"""What `preferences.extraction` may say: (texts [n] of a language, the choices of a text's question) -> letters [n].
+"""By value of `preferences.extraction`: (texts [n], their language, row -> its question's choices) -> indices [n].
 
-Letters beyond a question's choices are for the caller to refuse.
+Callers must reject letters beyond a question's choices.
 """
 
 
 def read_answers(extraction: str, texts: Sequence[str], language: str, choices: Sequence[str]) -> list[str | None]:
-    """The answers of completions to one question: letters of its choices, None for what cannot be read."""
+    """Returns the answers of completions to one question: letters of its choices, None if unparseable."""
     if not choices:
         return [None] * len(texts)
-    numbers = EXTRACTORS[extraction](pa.array(texts, pa.string()), language, lambda row: choices)
-    return [letter(number) if number < len(choices) else None for number in numbers.tolist()]
+    indices = EXTRACTORS[extraction](pa.array(texts, pa.string()), language, lambda row: choices)
+    return [letter(index) if index < len(choices) else None for index in indices.tolist()]

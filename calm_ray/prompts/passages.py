@@ -1,4 +1,4 @@
-"""A text to translate, and whatever translates it."""
+"""Texts to translate, and the translator interface."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Passage:
-    """A completion to carry over. Its answer must survive as `answer`, one of `letters`; None where none is asked."""
+    """A completion to translate. The translation must keep `answer`, one of `letters`; None if it has none."""
 
     text: str
     source: str
@@ -19,6 +19,6 @@ class Passage:
 
 
 class Translator(Protocol):
-    def carry(self, passages: Sequence[Passage]) -> list[str | None]:
-        """Each passage in its target language, or None where that failed."""
+    def translate(self, passages: Sequence[Passage]) -> list[str | None]:
+        """Returns each passage in its target language, or None if translation failed."""
         ...

@@ -1,4 +1,4 @@
-"""How a question is put to a model, and what the answer asked for looks like."""
+"""Prompts for questions, and the form of the requested answer."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def letters(question: Question) -> str:
-    """The letters of the question's choices: `ABCD` for four."""
+    """Returns the letters of the question's choices: `ABCD` for four."""
     return LETTERS[: len(question["choices"])]
 
 
 def question_text(question: Question) -> str:
-    """The bare question with its lettered choices, one a line."""
+    """Returns the bare question with its lettered choices, one per line."""
     lines = [question["text"]]
     lines += [f"{letter}. {choice}" for letter, choice in zip(letters(question), question["choices"], strict=True)]
     return "\n".join(lines)
 
 
 def prompt_text(question: Question, instruction: bool) -> str:
-    """The question as a user's message.
+    """Returns the question as a user message.
 
-    With `instruction`, the language's own request to explain first and then give one letter stands before the
-    question; a model that was trained on bare questions (the demo's) is asked without it, and so is a question without
-    choices.
+    `instruction` puts a request in the question's language before it: explain first, then give one letter. Omit it for
+    models trained on bare questions (the demo's); questions without choices never get it.
     """
     text = question_text(question)
     if not instruction or not question["choices"]:
@@ -37,6 +36,6 @@ def prompt_text(question: Question, instruction: bool) -> str:
 
 
 def completion_text(language: str, explanation: str, answer: str) -> str:
-    """The form that is asked for: an explanation, then the letter (CALM, section 2.1)."""
+    """Returns a completion in the requested form: an explanation, then the letter (CALM, section 2.1)."""
     row = LANGUAGES[language]
     return f"{row.explanation}{row.space}{explanation}\n{row.answer}{row.space}{answer}"

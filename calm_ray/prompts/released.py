@@ -1,6 +1,6 @@
-"""The rules that CALM's published pairs were made by, as their code (wangym2/CALM, 1b24db8) and files show them.
+"""The rules behind CALM's published pairs, reconstructed from their code (wangym2/CALM, 1b24db8) and files.
 
-Columns of texts go in, since millions of completions are read at once.
+Functions take columns of texts, because they parse millions of completions at once.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import pyarrow.compute as pc
 from calm_ray.core.languages import LANGUAGES, language_code
 
 RELEASED_LETTERS = pa.array(list("ABCDE"))
-"""All that the published code reads."""
+"""The letters that the published code reads."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How one language's completions and prompts look in the published files."""
+    """The format of one language's completions and prompts in the published files."""
 
     answers: tuple[str, ...]
-    """Any of these comes before the answer."""
+    """Markers before the answer; any of them counts."""
     explanation: str
-    """What a chosen side begins with."""
+    """Prefix of a chosen side."""
     answer: str
-    """What stands before the option at the end of a chosen side."""
+    """Precedes the option at the end of a chosen side."""
     before: str = ""
     after: str = ""
-    """What a training prompt has around the question."""
+    """`before` and `after` surround the question in a training prompt."""
     cut: tuple[str, ...] = ()
-    """What a training prompt leaves out at the question's end."""
+    """Suffixes of the question that a training prompt drops."""
 
 
 _FORMS = {
@@ -47,35 +47,35 @@ _FORMS = {
 
 @cache
 def form(language: str) -> Form:
-    """The published form of a language; of one that was not published, its row of the language table."""
+    """Returns a language's published form, or `own_form` for languages that were not published."""
     return _FORMS.get(language_code(language) or language) or own_form(language)
 
 
 @cache
 def own_form(language: str) -> Form:
-    """The form that calm_ray itself asks for in a language."""
+    """Returns the form that calm_ray itself requests in a language."""
     row = LANGUAGES[language_code(language) or language]
     markers = tuple(f"{row.answer_word}{colon}" for colon in (":", "：", " :"))
     return Form(markers, row.explanation + row.space, row.answer + row.space)
 
 
 def _before_marker(texts: pa.Array, marker: str) -> pa.Array:
-    """What stands before the last marker in each text; the whole text where it has none."""
+    """Returns the part of each text before the last marker; the whole text if it has none."""
     parts = pc.split_pattern(texts, marker, max_splits=1, reverse=True)
     return parts.values.take(pa.array(parts.offsets.to_numpy()[:-1]))
 
 
 def _after_marker(texts: pa.Array, marker: str) -> pa.Array:
-    """What stands after it; the whole text where it has none. What stands before it, mostly long, is not copied."""
+    """Returns the part after the last marker; the whole text if it has none. Does not copy the long part before it."""
     parts = pc.split_pattern(texts, marker, max_splits=1, reverse=True)
     return parts.values.take(pa.array(parts.offsets.to_numpy()[1:] - 1))
 
 
 def released_answers(texts: pa.Array, language: str) -> pa.Array:
-    """What the published parser reads from each completion: mostly a letter, null where it reads nothing.
+    """Returns what the published parser reads from each completion: usually a letter, null if it reads nothing.
 
-    Of what stands after the last marker, or of the whole text where there is none: a single character is the answer
-    whatever it is; else the second character counts if it is one of A to E, else the first.
+    It takes the text after the last marker, or the whole text without one. A single character is the answer whatever it
+    is; otherwise the second character if it is A to E, else the first if it is.
     """
     after = texts
     for marker in form(language).answers:
@@ -88,17 +88,17 @@ def released_answers(texts: pa.Array, language: str) -> pa.Array:
 
 
 def explanations(texts: pa.Array, language: str) -> pa.Array:
-    """Each completion without its answer line and its leading "Explanation:"."""
+    """Strips the answer line and the leading "Explanation:" from each completion."""
     before = texts
     for marker in form(language).answers:
         before = _before_marker(before, marker)
     label = form(language).explanation.rstrip(" :：")
-    said = pc.replace_substring_regex(before, rf"^\s*{label}\s*[:：]", "", max_replacements=1)
-    return pc.utf8_trim_whitespace(said)
+    explanation = pc.replace_substring_regex(before, rf"^\s*{label}\s*[:：]", "", max_replacements=1)
+    return pc.utf8_trim_whitespace(explanation)
 
 
 def training_prompts(questions: pa.Array, language: str) -> pa.Array:
-    """Questions as the published training prompts have them."""
+    """Formats questions as in the published training prompts."""
     rules = form(language)
     for ending in rules.cut:
         questions = pc.replace_substring_regex(questions, rf"{re.escape(ending)}\z", "")

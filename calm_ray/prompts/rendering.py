@@ -1,4 +1,4 @@
-"""A message as the model's tokens, in its chat template where it has one."""
+"""Renders messages for a model, in its chat template if it has one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
-    """A user's message as token ids, in the model's chat template where it has one."""
+    """Returns the token ids of a user message, in the model's chat template if it has one."""
     if not tokenizer.chat_template:
         return list(tokenizer.encode(message))
     return list(tokenizer.encode(_in_chat_template(tokenizer, message), add_special_tokens=False))
 
 
 def plain_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
-    """The text of which `tokenizer.encode` makes the same ids as `encode_prompt`, for users of the pairs' text."""
+    """Returns the text that `tokenizer.encode` turns into the ids of `encode_prompt`, for users of the pairs' text."""
     if not tokenizer.chat_template:
         return message
     text = _in_chat_template(tokenizer, message)
-    # The template writes a beginning-of-sequence token; many tokenizers put one in front of any text themselves.
+    # Drop the template's beginning-of-sequence token if the tokenizer adds one to any text.
     bos = tokenizer.bos_token
     adds_bos = bool(bos) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
     return text.removeprefix(bos) if adds_bos else text
@@ -37,10 +37,10 @@ def _in_chat_template(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
 def encode_dialogue(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
 ) -> tuple[list[int], list[bool]]:
-    """A dialogue's token ids in the model's chat template, and which of them the assistant wrote.
+    """Returns a dialogue's token ids in the model's chat template, and a mask of the assistant's tokens.
 
-    `messages` have a `role` and a `content`, as chat templates take them. Raises InputError where the template does not
-    mark what the assistant writes (`{% generation %}`).
+    `messages` have a `role` and a `content`. Raises InputError if the template does not mark the assistant's turns
+    (`{% generation %}`).
     """
     if "{% generation %}" not in (tokenizer.chat_template or "").replace("{%-", "{%").replace("-%}", "%}"):
         raise InputError("model: its chat template does not mark the assistant's turns with {% generation %}")

@@ -1,1 +1,1 @@
-"""Questions in: read, checked, and written into the run in chunks that hold the same questions in every language."""
+"""Reads questions, checks them and writes them into the run in chunks with the same questions in every language."""

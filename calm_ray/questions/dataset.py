@@ -1,4 +1,4 @@
-"""Questions as a Ray Data set: a task for each file, so that a big source never passes through the driver."""
+"""Questions as a Ray Dataset: one task per file, so that a large source never passes through the driver."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from calm_ray.questions.reader import OnBadRow, read_part
 from calm_ray.questions.sources import Part, open_source
 
 BLOCK = 1_000
-"""Rows that a task hands on at once; Ray Data joins these into blocks of its own size."""
+"""Rows that a task yields at a time; Ray Data merges them into blocks of its preferred size."""
 
 
 def question_dataset(
@@ -26,17 +26,17 @@ def question_dataset(
     language: str | None = None,
     languages: Sequence[str] | None = None,
 ) -> ray.data.Dataset:
-    """The rows of a source (see `open_source`, and what it raises) that are good by themselves, as `Question` rows.
+    """Returns the rows of a source that are valid on their own, as `Question` rows.
 
-    With `refuse` the first bad row that a task meets is raised as InputError where the rows are consumed. What takes
-    all rows to see, such as an id that is there twice or languages that do not match, is checked by `take_in` and
-    `survey`, not here. Every node must see the files under the same paths.
+    See `open_source` for the arguments and what it raises. With `refuse`, the first bad row that a task meets raises
+    InputError where the rows are consumed. Checks that need all rows, such as for duplicate ids or mismatched
+    languages, are left to `load_questions` and `survey`. Every node must see the files under the same paths.
     """
     parts = open_source(source, format=format, language=language, languages=languages)
 
     def blocks(batch: pa.Table) -> Iterator[pa.Table]:
-        for one in batch.to_pylist():
-            rows = _questions(Part(**one), on_bad_row, languages)
+        for fields in batch.to_pylist():
+            rows = _questions(Part(**fields), on_bad_row, languages)
             while block := list(islice(rows, BLOCK)):
                 yield table(Question, block)
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, by name."""
+"""Datasets on the Hugging Face Hub, by name."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from calm_ray.core.errors import InputError
 from calm_ray.core.safety import redact
 
 HUB = "hub:"
-"""What a part of a hub data set starts with: `hub:owner/name:config:split`."""
+"""Prefix of a Hub dataset: `hub:owner/name:config:split`."""
 
-_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ../name would be a folder of this machine
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # rejects ../name, a local folder
 
 
 def hub_names(part: str) -> tuple[str, str | None, str | None]:
-    """Data set, configuration and split of `hub:owner/name[:config[:split]]`. Raises InputError."""
+    """The dataset, configuration and split of `hub:owner/name[:config[:split]]`. Raises InputError."""
     names: Sequence[str | None] = [name or None for name in part.removeprefix(HUB).split(":")]
     if len(names) > 3 or not names[0] or not _NAME.fullmatch(names[0]):
-        raise InputError(f"{part}: a data set of the hub is named hub:owner/name, :config and :split may follow")
+        raise InputError(f"{part}: is not a Hub dataset; write hub:owner/name[:config[:split]]")
     return names[0], *(*names[1:], None, None)[:2]  # type: ignore[return-value]
 
 
 def hub_rows(part: str) -> Iterator[Any]:
-    """The rows of a split, as they come. Raises InputError where the hub does not give them."""
+    """Streams the rows of a split. Raises InputError if the Hub does not provide them."""
     name, config, split = hub_names(part)
     try:
         from datasets import IterableDatasetDict, load_dataset
@@ -37,5 +37,7 @@ def hub_rows(part: str) -> Iterator[Any]:
         yield from data
     except InputError:
         raise
-    except Exception as error:  # The hub's client raises the errors of several libraries; all mean: not to be had.
-        raise InputError(f"{part}: not to be had from the hub: {type(error).__name__}: {redact(str(error))}") from None
+    except Exception as error:  # the Hub client raises errors of several libraries
+        raise InputError(
+            f"{part}: cannot be loaded from the Hub: {type(error).__name__}: {redact(str(error))}"
+        ) from None

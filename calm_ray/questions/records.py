@@ -1,7 +1,7 @@
-"""Files in, records out: row by row, so that a file of any size takes the memory of one row or one batch.
+"""Reads records from files row by row, so that a file of any size takes the memory of one row or one batch.
 
-A record has the number of its row, from 1: the line of a jsonl file, the element of a JSON list, the row of a table
-(the header is not counted).
+A record carries its row number, from 1: the line of a JSONL file, the element of a JSON list, the row of a table
+(not counting the header).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any, BinaryIO
 import pyarrow.parquet as pq
 
 from calm_ray.core.errors import BadRow, InputError
-from calm_ray.core.safety import refused_as
+from calm_ray.core.safety import as_input_error
 from calm_ray.questions.hub import HUB, hub_rows
 
 BATCH = 1_000
-"""Rows of a Parquet file that are held at once."""
+"""Rows of a Parquet file held in memory at a time."""
 
 _CHUNK = 1 << 20
 _LONGEST_ROW = 16 << 20
-"""Characters or bytes of a row; a longer one is no question, and would fill the memory."""
+"""In characters or bytes; a longer row cannot be a question and would fill the memory."""
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"\s*")
 
-# BMLAMA's Chinese files were published with a tab inside a column's name, so that the header is one cell too long.
+# BMLAMA's Chinese files were published with a tab inside a column name, so their header has one cell too many.
 _BROKEN_HEADERS: dict[tuple[str, ...], list[str]] = {
     ("Prompt", "Ans", "Candidate", "Ans", "Subject"): ["Prompt", "Ans", "Candidate Ans", "Subject"],
 }
@@ -41,10 +41,10 @@ _BROKEN_HEADERS: dict[tuple[str, ...], list[str]] = {
 class Record:
     row: int
     value: Any
-    """What the row holds; None where it is bad."""
+    """None if the row is bad."""
     bad: BadRow | None = None
     notes: tuple[str, ...] = ()
-    """What was repaired to read it."""
+    """Repairs made while reading the row."""
 
 
 class _NotUtf8(Exception):
@@ -54,14 +54,14 @@ class _NotUtf8(Exception):
 
 
 class _TooLong(Exception):
-    """A row of more than `_LONGEST_ROW`."""
+    """A row exceeds `_LONGEST_ROW`."""
 
 
 def read_records(part: str) -> Iterator[Record]:
-    """The records of a file (by its suffix) or of a split of a hub data set.
+    """Yields the records of a file (parsed by its suffix) or of a split of a Hub dataset.
 
-    A line that is not JSON, or has more or fewer cells than the header, is one bad record. Raises InputError where
-    nothing after a place can be trusted: a file that is not UTF-8, a JSON list that was cut short, a torn Parquet file.
+    A line that is not JSON, or has more or fewer cells than the header, is one bad record. Raises InputError if the
+    rest of a file cannot be trusted: it is not UTF-8, a truncated JSON list or a corrupt Parquet file.
     """
     if part.startswith(HUB):
         for row, value in enumerate(hub_rows(part), start=1):
@@ -78,23 +78,23 @@ def read_records(part: str) -> Iterator[Record]:
         ) from None
     except _TooLong:
         raise InputError(
-            f"{file}, row {row + 1}: is longer than {_LONGEST_ROW >> 20} MB; this is no question"
+            f"{file}, row {row + 1}: is longer than {_LONGEST_ROW >> 20} MB; this is not a question"
         ) from None
     except RecursionError:
-        raise InputError(f"{file}, row {row + 1}: not readable as JSON: nested too deeply") from None
+        raise InputError(f"{file}, row {row + 1}: not valid JSON: nested too deeply") from None
     except (json.JSONDecodeError, csv.Error) as error:
-        what = error.msg if isinstance(error, json.JSONDecodeError) else error
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
         raise InputError(
-            f"{file}, row {row + 1}: not readable as {file.suffix[1:].upper()}: {what}; "
-            "the file was cut short or is damaged, bring it again"
+            f"{file}, row {row + 1}: not valid {file.suffix[1:].upper()}: {reason}; "
+            "the file is truncated or corrupt, fetch it again"
         ) from None
     except OSError as error:
-        raise InputError(f"{file}: not readable: {error}") from None
+        raise InputError(f"{file}: cannot be read: {error}") from None
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
-    """The file behind its byte order mark, if it has one."""
+    """Opens a file and skips its byte order mark, if any."""
     with open(file, "rb") as raw:
         start = raw.read(3)
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -123,9 +123,9 @@ def _jsonl(file: Path) -> Iterator[Record]:
         try:
             value = json.loads(line)
         except RecursionError:
-            yield Record(row, None, BadRow("not readable as JSON", "nested too deeply"))
-        except ValueError as error:  # or a number of thousands of digits
-            yield Record(row, None, BadRow("not readable as JSON", str(error)))
+            yield Record(row, None, BadRow("not valid JSON", "nested too deeply"))
+        except ValueError as error:  # also raised for a number with thousands of digits
+            yield Record(row, None, BadRow("not valid JSON", str(error)))
         else:
             yield Record(row, value)
 
@@ -135,7 +135,7 @@ def _tsv(file: Path) -> Iterator[Record]:
 
 
 def _csv(file: Path) -> Iterator[Record]:
-    """A row may go over several lines."""
+    """A row may span several lines."""
     csv.field_size_limit(_LONGEST_ROW)
     length = 0
 
@@ -157,16 +157,16 @@ def _csv(file: Path) -> Iterator[Record]:
 
 
 def _table(rows: Iterator[list[str]]) -> Iterator[Record]:
-    """Rows of cells as records, named by the first row."""
+    """Turns rows of cells into records; the first row holds the field names."""
     header = next(rows, [])
     notes: tuple[str, ...] = ()
-    if (mended := _BROKEN_HEADERS.get(tuple(header))) is not None:
-        header, notes = mended, ("the file's header had a tab inside a column's name",)
+    if (repaired := _BROKEN_HEADERS.get(tuple(header))) is not None:
+        header, notes = repaired, ("the header had a tab inside a column name",)
     for row, cells in enumerate(rows, start=1):
         if cells in ([], [""]):
             continue
         if len(cells) != len(header):
-            reason = "has another number of cells than the header"
+            reason = "the number of cells differs from the header"
             yield Record(row, None, BadRow(reason, f"{len(cells)}, not {len(header)}"), notes)
         else:
             yield Record(row, dict(zip(header, cells, strict=True)), notes=notes)
@@ -174,7 +174,7 @@ def _table(rows: Iterator[list[str]]) -> Iterator[Record]:
 
 
 def _json(file: Path) -> Iterator[Record]:
-    """The elements of a JSON list; a file that starts with a record is read as JSON Lines, as many are named .json."""
+    """Yields the elements of a JSON list. A file that starts with an object is JSON Lines, often named .json too."""
     text = _JsonText(file)
     if text.peek() == "{":
         yield from _jsonl(file)
@@ -189,11 +189,11 @@ def _json(file: Path) -> Iterator[Record]:
         yield Record(row, text.value())
         after = text.take()
     if after != "]" or text.peek():
-        raise json.JSONDecodeError("the list ends without its bracket" if not after else "no comma follows", "", 0)
+        raise json.JSONDecodeError("unclosed list" if not after else "expected a comma", "", 0)
 
 
 class _JsonText:
-    """The text of a JSON file, decoded value by value; holds one chunk and the value being decoded."""
+    """Decodes a JSON file value by value; holds one chunk and the value being decoded."""
 
     def __init__(self, file: Path) -> None:
         self._chunks = _chunks(file)
@@ -205,7 +205,7 @@ class _JsonText:
         return bool(chunk)
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end of the file."""
+        """The next non-space character, not consumed; empty at the end of the file."""
         while True:
             space = _SPACE.match(self._text, self._at)
             self._at = space.end() if space else self._at
@@ -220,7 +220,7 @@ class _JsonText:
         return char
 
     def value(self) -> Any:
-        """The next value; a value that reaches the end of the text in hand may go on in the next chunk."""
+        """The next value; one that reaches the end of the buffer may continue in the next chunk."""
         self.peek()
         while True:
             try:
@@ -232,7 +232,7 @@ class _JsonText:
                 if is_cut and self._more():
                     continue
                 raise
-            except ValueError as error:  # a number of thousands of digits
+            except ValueError as error:  # a number with thousands of digits
                 raise json.JSONDecodeError(str(error), "", 0) from None
             length = end - self._at
             if end < len(self._text) or not self._more():
@@ -241,7 +241,7 @@ class _JsonText:
 
 
 def _chunks(file: Path) -> Iterator[str]:
-    """The text of a file in pieces; none is empty."""
+    """Yields the text of a file in non-empty pieces."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with _opened(file) as raw:
         while True:
@@ -259,14 +259,14 @@ def _chunks(file: Path) -> Iterator[str]:
 
 def _parquet(file: Path) -> Iterator[Record]:
     row = 0
-    # Not ArrowExceptions alone: names and texts may be no UTF-8, dates may be none, memory may not suffice.
-    with refused_as(f"{file}: not readable as Parquet"), pq.ParquetFile(file) as parquet:
+    # Not only ArrowException: names and texts may not be UTF-8, dates may be invalid, memory may run out.
+    with as_input_error(f"{file}: cannot be read as Parquet"), pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(batch_size=BATCH):
             for value in batch.to_pylist(maps_as_pydicts="strict"):
                 row += 1
                 yield Record(row, value)
         if row != parquet.metadata.num_rows:
-            raise ValueError(f"it holds {row} rows, and says {parquet.metadata.num_rows}")
+            raise ValueError(f"it has {row} rows, but declares {parquet.metadata.num_rows}")
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {

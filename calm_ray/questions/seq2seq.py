@@ -1,4 +1,4 @@
-"""A Hugging Face sequence-to-sequence model that translates, in Ray actors: NLLB, M2M100, mBART, MADLAD or Marian.
+"""Translates with a Hugging Face sequence-to-sequence model in Ray actors: NLLB, M2M100, mBART, MADLAD or Marian.
 
 A Ray Data pipeline streams batches through the actors, each of which loads the model once.
 """
@@ -28,12 +28,12 @@ from calm_ray.run.policies import RunModel, require_safetensors
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one kind are told the languages."""
+    """How a family of models is told which languages to translate between."""
 
     token: str
-    """Regular expression of the token that stands for a language; takes {code}, {flores} and {iso3}."""
+    """Regular expression of a language token; takes {code}, {flores} and {iso3}."""
     forced: bool
-    """Whether the target's token is forced to begin the output (and `src_lang` names the source), or begins the
+    """Whether the target's token is forced as first output token (and `src_lang` names the source) or prefixes the
     input."""
 
 
@@ -42,37 +42,37 @@ FAMILIES = {
     "M2M100": Family(r"__{code}__", forced=True),
     "mBART-50": Family(r"{code}_[A-Z]{{2}}", forced=True),
     "MADLAD-400": Family(r"<2{code}>", forced=False),
-    "Marian of several targets": Family(r">>({code}|{iso3})<<", forced=False),
+    "multilingual Marian": Family(r">>({code}|{iso3})<<", forced=False),
 }
 
 
 @dataclass(frozen=True)
 class Direction:
-    """What a model has to be given for one pair of languages."""
+    """What a model needs to translate one pair of languages."""
 
     src_lang: str | None = None
-    """For the tokenizer."""
+    """Set on the tokenizer."""
     forced: str | None = None
-    """The first token of the output."""
+    """First output token."""
     prefix: str = ""
-    """What stands before the input."""
+    """Prepended to the input."""
 
 
 def direction(tokenizer: PreTrainedTokenizerBase, model: str, source: str, target: str) -> Direction:
-    """How the model is told to translate from `source` into `target`; the tokenizer's vocabulary decides its family.
+    """How to make the model translate from `source` into `target`; the tokenizer's vocabulary determines its family.
 
-    A Marian model without language tokens knows the one pair that its tokenizer names. Raises InputError where the
-    model does not know a language.
+    A Marian model without language tokens translates only the pair that its tokenizer names. Raises InputError if the
+    model does not support a language.
     """
     vocabulary = list(tokenizer.get_vocab())
     for family in FAMILIES.values():
-        # A large vocabulary may hold "fr_FR" as a word; where it is forced to the front, it is a special token.
+        # A large vocabulary may hold "fr_FR" as a word; forced language tokens are always special tokens.
         tokens = tokenizer.all_special_tokens if family.forced else vocabulary
         found, known = _language_token(family, target, tokens), _language_token(family, source, tokens)
         if found is None:
             continue
         if family.forced and known is not None:
-            # Tokenizers name languages as their tokens do, M2M100's without the underscores.
+            # `src_lang` takes the token's name; for M2M100, without the underscores.
             return Direction(src_lang=known.strip("_"), forced=found)
         if not family.forced and (known is not None or _is_fixed(tokenizer, "source_lang", source)):
             return Direction(prefix=f"{found} ")
@@ -98,12 +98,12 @@ def _is_fixed(tokenizer: PreTrainedTokenizerBase, side: str, language: str) -> b
 def _unknown(model: str, language: str, side: str) -> InputError:
     return InputError(
         f"translation: the model {model} does not translate {side} {LANGUAGES[language].name} ({language!r}); "
-        f"the kinds of models that are understood: {', '.join(FAMILIES)}, and Marian of one pair"
+        f"supported models: {', '.join(FAMILIES)} and bilingual Marian"
     )
 
 
 class Seq2SeqModel:
-    """The model in this process. Greedy or beam search, as its generation configuration says; never sampled."""
+    """The model in this process. Uses greedy or beam search, as its generation config says; never samples."""
 
     def __init__(self, model: RunModel, device: str, max_new_tokens: int, lines_per_batch: int = 64) -> None:
         folder = model.local_folder()
@@ -114,39 +114,37 @@ class Seq2SeqModel:
             folder, trust_remote_code=False, use_safetensors=True, dtype="auto"
         )
         self._model.to(device).eval()
-        # Output that is cut must not end like output that is finished, and its length is set here.
+        # Truncated output must not end in EOS like finished output, and `max_new_tokens` sets its length.
         self._model.generation_config.forced_eos_token_id = None
         self._model.generation_config.max_length = None
 
     @property
-    def _longest(self) -> int:
-        """The most tokens the model reads."""
+    def _max_input_tokens(self) -> int:
         positions = getattr(self._model.config, "max_position_embeddings", None) or self._tokenizer.model_max_length
         return int(min(positions, self._tokenizer.model_max_length))
 
     def translate(self, texts: Sequence[str], source: str, target: str) -> list[str | None]:
-        """Each text in the target language, line by line; None where a line is too long, or became nothing.
+        """Translates each text line by line; None if a line is too long or its translation is empty.
 
-        A translation that is not finished within `max_new_tokens` tokens a line is None too: it is cut, or the model
-        repeats itself.
+        Also None if a line's translation does not finish within `max_new_tokens`: it is truncated or repetitive.
         """
-        how = direction(self._tokenizer, self._name, source, target)
-        # Of like length together, so that little is padded; each line once.
+        pair = direction(self._tokenizer, self._name, source, target)
+        # Deduplicated, and sorted by length to reduce padding.
         lines = sorted({line for text in texts for line in lines_of(text)}, key=lambda line: (len(line), line))
-        if how.src_lang is not None:
-            self._tokenizer.src_lang = how.src_lang
+        if pair.src_lang is not None:
+            self._tokenizer.src_lang = pair.src_lang
         done: dict[str, str | None] = {}
         for first in range(0, len(lines), self._lines_per_batch):
-            done |= self._generate(lines[first : first + self._lines_per_batch], how)
+            done |= self._generate(lines[first : first + self._lines_per_batch], pair)
         found = [[done[line] for line in lines_of(text)] for text in texts]
         return [
             None if None in parts else with_lines(text, [part for part in parts if part is not None])
             for text, parts in zip(texts, found, strict=True)
         ]
 
-    def _generate(self, lines: Sequence[str], how: Direction) -> dict[str, str | None]:
-        ids = [self._tokenizer(how.prefix + line)["input_ids"] for line in lines]
-        fitting = [i for i, one in enumerate(ids) if len(one) <= self._longest]
+    def _generate(self, lines: Sequence[str], pair: Direction) -> dict[str, str | None]:
+        ids = [self._tokenizer(pair.prefix + line)["input_ids"] for line in lines]
+        fitting = [i for i, one in enumerate(ids) if len(one) <= self._max_input_tokens]
         done: dict[str, str | None] = dict.fromkeys(lines)
         if not fitting:
             return done
@@ -156,9 +154,9 @@ class Seq2SeqModel:
             attention_mask=padded["attention_mask"].to(self._model.device),
             max_new_tokens=self._max_new_tokens,
             do_sample=False,
-            forced_bos_token_id=self._tokenizer.convert_tokens_to_ids(how.forced) if how.forced else None,
+            forced_bos_token_id=self._tokenizer.convert_tokens_to_ids(pair.forced) if pair.forced else None,
         )
-        # The first token only starts the decoder, and is the end token in some models.
+        # Drop the decoder start token, which some models share with EOS.
         for i, one in zip(fitting, output[:, 1:].tolist(), strict=True):
             text = str(self._tokenizer.decode(one, skip_special_tokens=True)).strip()
             done[lines[i]] = text if self._tokenizer.eos_token_id in one and text else None
@@ -166,7 +164,7 @@ class Seq2SeqModel:
 
 
 class _Job(TypedDict):
-    """Texts to be translated into one language, and then their translations."""
+    """Texts to translate into one language; afterwards, their translations."""
 
     number: int
     source: str
@@ -175,7 +173,7 @@ class _Job(TypedDict):
 
 
 class _Translate:
-    """The Ray actor: blocks of jobs in, the same jobs translated out."""
+    """Ray actor that translates blocks of jobs."""
 
     def __init__(self, *model: Any) -> None:
         self._model = Seq2SeqModel(*model)
@@ -195,28 +193,28 @@ class _Translate:
 
 @dataclass(frozen=True)
 class Seq2SeqTranslator:
-    """A `QuestionTranslator`: a model by its name on the hub or its folder, in `actors` actors."""
+    """A `QuestionTranslator` that runs a model, given by Hub name or folder, in `actors` actors."""
 
     model: RunModel
     actors: int = 1
     cpus: float = 1.0
     gpus: float = 0.0
-    """What each actor takes; on a GPU the model runs where this is not 0."""
+    """Per actor, like `cpus`; the model runs on the CPU if this is 0."""
     max_new_tokens: int = 256
-    """Of one line: a line that becomes longer has failed."""
+    """Per line; a longer translation fails."""
 
     @cached_property
     def _folder(self) -> Path:
-        """The model's folder on this machine, checked."""
+        """The model's local folder, checked."""
         folder = self.model.local_folder()
         require_safetensors(folder)
         if not AutoConfig.from_pretrained(folder, trust_remote_code=False).is_encoder_decoder:
-            raise InputError(f"translation: {self.model.name} is no sequence-to-sequence model")
+            raise InputError(f"translation: {self.model.name} is not a sequence-to-sequence model")
         return folder
 
     @cached_property
     def identity(self) -> str:
-        """The model's name, a hash of its files, and the longest output of a line."""
+        """The model's name, a hash of its files and `max_new_tokens`."""
         digest = hashlib.sha256()
         for file in sorted(self._folder.iterdir()):
             if file.suffix in (".json", ".txt", ".model", ".spm", ".safetensors"):
@@ -242,14 +240,14 @@ class Seq2SeqTranslator:
             yield requests[job["number"]], Wording(texts[0], tuple(texts[1:])) if is_whole else None
 
     def _stream(self, jobs: Sequence[_Job]) -> Iterator[_Job]:
-        """The jobs as they are done, in any order."""
+        """Yields the jobs as they finish, in any order."""
         if not jobs:
             return
         blocks = [table(_Job, jobs[first : first + BATCH]) for first in range(0, len(jobs), BATCH)]
         translated = ray.data.from_arrow(blocks).map_batches(
             _Translate,
             fn_constructor_args=(self.model, "cuda" if self.gpus else "cpu", self.max_new_tokens),
-            batch_size=None,  # a block at a time
+            batch_size=None,  # one block at a time
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=min(self.actors, len(blocks))),
             num_cpus=self.cpus,

@@ -1,4 +1,4 @@
-"""What a source of questions holds, counted in one pass without keeping its texts."""
+"""Counts what a source of questions contains, in one pass and without keeping its texts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from calm_ray.questions.parallel import Index, Problem, refusal
 from calm_ray.questions.reader import Row, read
 
 LISTED = 1_000
-"""Problems that are kept one by one; the counts are of all."""
+"""Maximum number of problems kept individually; the counts cover all."""
 
 
 @dataclass
 class LanguageCount:
-    """What is there in one language, of the rows that can be used."""
+    """Counts of the usable rows in one language."""
 
     questions: int = 0
-    fewest_choices: int = 0
-    most_choices: int = 0
+    min_choices: int = 0
+    max_choices: int = 0
     with_gold: int = 0
     duplicates: int = 0
-    """Rows with text and choices of an earlier row under another id."""
+    """Rows with the text and choices of an earlier row under another id."""
     missing: int = 0
-    """Questions that another language has and this one lacks."""
+    """Questions that only other languages have."""
 
 
 @dataclass
@@ -37,25 +37,25 @@ class Survey:
     files: list[str] = field(default_factory=list)
     rows: int = 0
     kept: int = 0
-    """Rows that can be used; a row that contradicts another language is none."""
+    """Usable rows; excludes rows that contradict another language."""
     repaired: Counter[str] = field(default_factory=Counter)
-    """What was repaired, or kept in spite of something: how often."""
+    """How often each flaw was repaired or tolerated."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Why rows cannot be used: how often."""
+    """How often rows were refused, by reason."""
     languages: dict[str, LanguageCount] = field(default_factory=dict)
     first: list[Question] = field(default_factory=list)
-    """The first ten rows that can be used."""
+    """The first ten usable rows."""
     notes: list[Problem] = field(default_factory=list)
-    """The first thousand repairs and remarks."""
+    """The first 1,000 repairs and remarks."""
     bad_rows: list[Problem] = field(default_factory=list)
-    """The first thousand rows that cannot be used."""
+    """The first 1,000 refused rows."""
 
     def as_json(self) -> dict[str, object]:
         """Plain types, for `json.dumps`."""
         return {**asdict(self), "repaired": dict(self.repaired), "refused": dict(self.refused)}
 
     def refusal(self) -> InputError | None:
-        """The error for a source with bad rows."""
+        """The error to raise for bad rows; None if there are none."""
         return refusal(self.bad_rows, self.refused.total()) if self.refused else None
 
     def note(self, row: Row) -> None:
@@ -70,12 +70,12 @@ class Survey:
 
 
 def survey(source: str, *, format: str | None = None, language: str | None = None) -> Survey:
-    """Reads all of a source (see `open_source`) and counts what is there. Bad rows are counted, none is raised for."""
+    """Reads all of a source (see `open_source`) and counts what it contains. Counts bad rows instead of raising."""
     return survey_rows(source, read(source, format=format, language=language))
 
 
 def survey_rows(source: str, rows: Iterable[Row]) -> Survey:
-    """The survey of rows that are being read."""
+    """Surveys rows as they are read."""
     found, index = Survey(source), Index()
     texts: dict[str, set[int]] = defaultdict(set)
     duplicates: Counter[str] = Counter()
@@ -113,8 +113,8 @@ def _compare_languages(found: Survey, index: Index, duplicates: Counter[str]) ->
         for code, seen in rows.items():
             count = found.languages[code]
             count.questions += 1
-            count.fewest_choices = min(count.fewest_choices or seen.choices, seen.choices)
-            count.most_choices = max(count.most_choices, seen.choices)
+            count.min_choices = min(count.min_choices or seen.choices, seen.choices)
+            count.max_choices = max(count.max_choices, seen.choices)
             count.with_gold += seen.gold is not None
     if found.format is not None and format_named(found.format).parallel:
         for count in found.languages.values():

@@ -1,7 +1,7 @@
-"""Questions in the languages they are missing in (CALM, section 2.1): a monolingual file becomes a parallel one.
+"""Translates questions into the languages they lack (CALM, section 2.1): a monolingual file becomes a parallel one.
 
-The options of a translated question keep their letters, so that votes over languages mean the same option. A question
-that could not be translated, or came back untranslated, has no row in that language: it must not vote there.
+The options of a translated question keep their letters, so that votes across languages mean the same option. A question
+that could not be translated, or came back unchanged, has no row in that language: it must not vote there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from calm_ray.prompts.questions import LETTERS
 from calm_ray.run.storage import Storage
 
 BATCH = 64
-"""Questions that are written into the cache together, and sent to a translator together."""
+"""Questions sent to a translator, or written to the cache, together."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Wording:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a translator. Questions with the same words are asked for once."""
+    """A request to a translator. Questions with the same wording share one."""
 
     wording: Wording
     source: str
@@ -45,36 +45,36 @@ class Request:
         return f"{self.source}-{self.target}"
 
     def key(self, translator: str) -> str:
-        """What its translation is found by in the cache: a SHA-256, in hexadecimal."""
+        """Cache key of the translation: a SHA-256 hex digest."""
         content = [translator, self.source, self.target, self.wording.text, *self.wording.choices]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-Answer = tuple[Request, Wording | None]  # None where the translation failed
+Answer = tuple[Request, Wording | None]  # None if the translation failed
 
 
 class QuestionTranslator(Protocol):
     @property
     def identity(self) -> str:
-        """Names all that decides about the words: two translators of one identity share their translations."""
+        """Covers everything that affects the output: translators with the same identity share translations."""
 
     def check(self, source: str, targets: Sequence[str]) -> None:
-        """Raises InputError for a language that the translator does not know, before anything is started."""
+        """Raises InputError for an unsupported language, before anything is started."""
 
     def translate(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        """Every request that got any reply once with its translation, each as soon as it is there, in any order."""
+        """Yields each request that got a reply once, with its translation, as soon as it is ready, in any order."""
 
 
 class Count(TypedDict):
-    """What became of a language's missing questions: `asked` = `translated` + `failed` + `identical`."""
+    """Outcomes for a language's missing questions: `asked` = `translated` + `failed` + `identical`."""
 
     asked: int
     cached: int
-    """Those that were known from before, whatever became of them."""
+    """Found in the cache, whatever the outcome."""
     translated: int
     failed: int
     identical: int
-    """Those whose text came back as it was: nothing was translated."""
+    """Came back unchanged: nothing was translated."""
 
 
 Report = dict[str, Count]
@@ -87,11 +87,11 @@ def translate_missing(
     translator: QuestionTranslator,
     storage: Storage,
 ) -> tuple[list[Question], Report]:
-    """Adds the rows that are missing in `languages`, each translated from the first of them that its question has.
+    """Adds the rows missing in `languages`, each translated from the first of them that its question has.
 
-    Returns all rows question by question, each in the order of `languages` and then in the languages it has besides,
-    and what became of the missing ones. `storage` is the cache's root. Raises InputError for languages that the
-    translator does not know.
+    Returns all rows grouped by question, in the order of `languages` followed by any other languages, and the outcomes
+    for the missing ones. `storage` is the cache's root. Raises InputError for languages that the translator does not
+    support.
     """
     by_id: dict[str, dict[str, Question]] = {}
     for row in questions:
@@ -126,10 +126,10 @@ def translate_missing(
 
 
 def check_codes(languages: Sequence[str]) -> None:
-    """Raises InputError for a language that is not in the table."""
+    """Raises InputError for a language that is not in `LANGUAGES`."""
     for language in languages:
         if language not in LANGUAGES:
-            raise InputError(f"languages: {language!r} is none of those calm_ray knows: {', '.join(LANGUAGES)}")
+            raise InputError(f"languages: unknown language {language!r}; known languages: {', '.join(LANGUAGES)}")
 
 
 def _request(rows: Mapping[str, Question], languages: Sequence[str], target: str) -> Request:
@@ -144,7 +144,7 @@ def _in_order(by_id: Mapping[str, Mapping[str, Question]], languages: Sequence[s
 def _answers(
     requests: Sequence[Request], translator: QuestionTranslator, cache: TranslationCache
 ) -> tuple[dict[Request, Wording | None], set[Request]]:
-    """The translation of every request that got one, and which of them the cache knew."""
+    """Returns the answer to every request that got one, and the requests answered from the cache."""
     distinct = list(dict.fromkeys(requests))
     answers = cache.read(distinct)
     cached, unknown = set(answers), [request for request in distinct if request not in answers]
@@ -164,34 +164,33 @@ def _answers(
         for batch in filter(None, fresh.values()):
             cache.write(batch)
     if lost := len(distinct) - len(answers):
-        say(f"  {lost} questions got no reply, as engines died of them; they are not kept as failed, but asked again")
+        say(f"  {lost} questions crashed their engines and got no reply; not cached as failed, so they will be retried")
     return answers, cached
 
 
 class Translation(TypedDict):
-    """One entry of the cache, by `Request.key`. Produced and consumed by `questions`."""
+    """A cache entry, keyed by `Request.key`. Produced and consumed by `questions`."""
 
     key: str
-    text: str | None  # None where the translation failed
+    text: str | None  # None if the translation failed
     choices: list[str]
 
 
 class TranslationCache:
-    """What a translator said before, in Parquet: a folder per translator and pair of languages, files written once.
+    """Caches answers in Parquet: one folder per translator and language pair, with write-once files.
 
-    A file is named by the hash of its keys, so that runs side by side never write different things under one name.
-    Failures are kept as well: a translator that decodes greedily would fail the same way again; where it said nothing,
-    nothing is kept. To have failures tried again, delete the folder, or change what the identity names (the model, its
-    policy, the length of its replies).
+    A file is named by the hash of its keys, so that concurrent runs never write different content under the same name.
+    Failures are cached too, since a greedy translator would fail the same way again; missing replies are not. To retry
+    failures, delete the folder or change the identity (the model, its policy, the maximum reply length).
     """
 
     def __init__(self, storage: Storage, translator: str) -> None:
-        name = re.sub(r"[^\w.-]+", "_", translator)[:60]  # for people; the hash tells translators apart
+        name = re.sub(r"[^\w.-]+", "_", translator)[:60]  # for readers; the hash makes it unique
         self._storage = storage.under(f"{name}-{hashlib.sha256(translator.encode()).hexdigest()[:8]}")
         self._translator = translator
 
     def read(self, requests: Sequence[Request]) -> dict[Request, Wording | None]:
-        """The translations of those requests that are known."""
+        """Returns the cached answers."""
         by_key: dict[str, Translation] = {}
         for folder in {request.folder for request in requests}:
             for name in self._storage.files(folder):
@@ -205,7 +204,7 @@ class TranslationCache:
         }
 
     def write(self, answers: Sequence[Answer]) -> None:
-        """Writes translations of one pair of languages as one new file."""
+        """Writes answers for one language pair to a new file."""
         rows = [
             Translation(key=request.key(self._translator), text=wording.text, choices=list(wording.choices))
             if wording is not None
@@ -217,18 +216,18 @@ class TranslationCache:
 
 
 def is_identical(text: str, translated: str) -> bool:
-    """Whether two texts are the same but for width, case and space."""
+    """Whether two texts differ at most in width, case and whitespace."""
     one, other = (unicodedata.normalize("NFKC", each).casefold().split() for each in (text, translated))
     return one == other
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines that hold something."""
+    """The non-empty lines, stripped."""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def with_lines(text: str, lines: Sequence[str]) -> str:
-    """The text with other words: `lines` takes the place of its `lines_of`, empty lines stay where they are."""
+    """Replaces the `lines_of` a text with `lines`; empty lines stay in place."""
     remaining = iter(lines)
     return "\n".join(next(remaining) if line.strip() else "" for line in text.strip().splitlines())
 
@@ -238,16 +237,15 @@ PROMPT = (
     "option. Do not answer it. Keep the lines and their order, and begin each option with its letter ({letters}). "
     "Write only the translation.\n\n{question}\n"
 )
-# An option as models write it: "B. eagle", "B) eagle", "B：eagle", full-width letters too.
+# An option as models write it: "B. eagle", "B) eagle", "B：eagle"; letters may be full-width.
 _OPTION = re.compile(r"([A-ZＡ-Ｚ])\s*[.．、:：)）]\s*(.+)")
 
 
 class ModelQuestionTranslator:
-    """The model itself: one prompt per question, with its lettered options.
+    """Translates with the run's own model: one prompt per question, with its lettered options.
 
-    `write` takes messages, `batch` at a time, and returns the model's greedy replies, None where there is none.
-    `identity` must name what decides about a reply: the model, its policy, and the longest reply; the prompt's own
-    wording is added to it.
+    `write` takes up to `batch` messages and returns the model's greedy replies, None for a missing one. `identity` must
+    cover what determines a reply: the model, its policy and the maximum reply length; the prompt's hash is added to it.
     """
 
     def __init__(self, write: Callable[[list[str]], Sequence[str | None]], identity: str, batch: int = BATCH) -> None:
@@ -274,15 +272,15 @@ def prompt_of(request: Request) -> str:
 
 
 def _options(wording: Wording) -> list[list[str]]:
-    """The lines of every option, its letter before the first."""
+    """The lines of every option, the first prefixed with its letter."""
     return [lines_of(f"{letter}. {choice.strip()}") for letter, choice in zip(LETTERS, wording.choices, strict=False)]
 
 
 def parse_reply(wording: Wording, reply: str) -> Wording | None:
-    """Reads a translated question from a reply that has the lines of the question that was asked.
+    """Parses a translated question from a reply with the same lines as the original.
 
-    None unless there are as many lines, and each option is where it was, with its letter and something behind it: so
-    an option that is lost, doubled or moved, an answer, or a remark before or after, fails the reply.
+    None unless the number of lines matches and each option is in its place, with its letter and some text: a lost,
+    duplicated or moved option, an answer, or a remark before or after fails the reply.
     """
     lines = lines_of(reply)
     count = len(lines_of(wording.text))

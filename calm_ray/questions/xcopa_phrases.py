@@ -1,4 +1,4 @@
-"""How XCOPA's two questions are asked in its languages, and in English: after a premise stands one of these lines."""
+"""XCOPA's two questions in its languages and in English; the line that follows a premise."""
 
 from __future__ import annotations
 

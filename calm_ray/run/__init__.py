@@ -1,1 +1,1 @@
-"""A run on its storage: files, stages, policies, models, locks, repair."""
+"""A run and its storage: files, stages, policies, models, locks, repair."""

@@ -1,4 +1,4 @@
-"""`bad_prompts.parquet`: the prompts of a run that end every engine they are given to. They are asked no more."""
+"""`bad_prompts.parquet`: prompts that crash every engine. Later stages skip them."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ FILE = "bad_prompts.parquet"
 @dataclass(frozen=True)
 class BadPrompts:
     storage: Storage
-    """The run's."""
+    """Rooted at the run."""
 
     def known(self, questions: Stage) -> set[tuple[str, str]]:
-        """(question, language) of the bad prompts among these questions."""
-        asked = self._name(questions)
-        return {(row["question_id"], row["language"]) for row in self._rows() if row["questions"] == asked}
+        """Returns (question_id, language) of the known bad prompts among these questions."""
+        name = self._name(questions)
+        return {(row["question_id"], row["language"]) for row in self._rows() if row["questions"] == name}
 
-    def noting(self, questions: Stage, output: Stage) -> Callable[[Sequence[Blamed]], None]:
-        """What lists the bad prompts that are found while `output` is made, beside those that are known by now."""
+    def noting(self, questions: Stage, output: Stage) -> Callable[[Sequence[FoundBadPrompt]], None]:
+        """Returns a callback that saves the bad prompts found while filling `output`, after those already known."""
         before = self._rows()
         return lambda found: self._write(before, questions, output, found)
 
-    def _write(self, before: list[BadPrompt], questions: Stage, output: Stage, found: Sequence[Blamed]) -> None:
+    def _write(self, before: list[BadPrompt], questions: Stage, output: Stage, found: Sequence[FoundBadPrompt]) -> None:
         rows = [
             BadPrompt(
-                question_id=one.question_id,
-                language=one.language,
+                question_id=prompt.question_id,
+                language=prompt.language,
                 questions=self._name(questions),
                 stage=self._name(output),
-                chunk=one.chunk,
-                error=one.error,
+                chunk=prompt.chunk,
+                error=prompt.error,
             )
-            for one in found
+            for prompt in found
         ]
         self.storage.write_table(FILE, table(BadPrompt, [*before, *rows]))
 
@@ -50,19 +50,21 @@ class BadPrompts:
         try:
             return rows_of(self.storage.read_table(FILE))
         except (OSError, pa.ArrowException):
-            raise InputError(f"{self.storage.uri(FILE)} is torn; delete it, and its prompts are found again") from None
+            raise InputError(
+                f"{self.storage.uri(FILE)} is corrupt; delete it, and the run will find its bad prompts again"
+            ) from None
 
     def _name(self, stage: Stage) -> str:
-        """A stage's folder within the run."""
+        """The stage's folder, relative to the run."""
         return stage.storage.uri().removeprefix(self.storage.uri()).lstrip("/")
 
 
 @dataclass(frozen=True)
-class Blamed:
-    """A question, in one language, that ends every engine it is given to."""
+class FoundBadPrompt:
+    """A question in one language that crashes every engine."""
 
     question_id: str
     language: str
     chunk: str
     error: str
-    """How the last engine ended."""
+    """How the last engine crashed."""

@@ -1,16 +1,16 @@
-"""The run directory: the only owner of the paths inside a run, and of what is finished in it.
+"""The run directory: the only place that knows the paths inside a run and which parts of it are finished.
 
     STORAGE/NAME/
       config.json            the resolved configuration, versions, git revision
-      summary.json           one entry for each round
-      metrics.jsonl          training metrics, one line a step
-      bad_prompts.parquet    prompts that crash every engine, if there are any
-      questions/             the questions as they were read
-      model.json, model/     the model, and the demo world's itself, for nodes that do not have it
+      summary.json           one entry per round
+      metrics.jsonl          training metrics, one line per step
+      bad_prompts.parquet    prompts that crash every engine, if any
+      questions/             the questions as read
+      model.json, model/     which model, and the demo world's weights for nodes that lack them
       start.json, start/     the earlier policy that the run starts from (init_from)
-      rounds/1/NAME/         a folder for each step of the round
+      rounds/1/NAME/         one folder per step of the round
 
-What a step's folder holds is in `calm_ray.run.stage`; which steps there are, the method says.
+`calm_ray.run.stage` describes a step's folder; the method defines the steps.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 
 FORMAT = 2
-"""Of the files in a run, noted in config.json: a run of another format is refused."""
+"""Version of the files in a run, saved in config.json. Runs of another format are refused."""
 CONFIG_FILE = "config.json"
 DELETING = "deleting.json"
-"""Says that what is left of a run was to be deleted."""
+"""Marks a run whose deletion has started."""
 PARTS = [
     BAD_PROMPTS, CONFIG_FILE, DELETING, "evaluations", "finished.json", "metrics.jsonl", "model", "model.json", "probe",
     "questions", "rounds", "start", "start.json", "summary.json",
 ]  # fmt: skip
-"""All that lies in a run's folder."""
+"""Everything a run's folder may contain."""
 BEFORE_ROUNDS = ["questions", "start.json", "start", "model.json", "model"]
 Split = Literal["align", "held_out"]
-"""The questions trained on, and those held out."""
+"""The questions to train on, and the held-out ones."""
 
 
 def path_of(folder: Folder) -> str:
@@ -49,7 +49,7 @@ def path_of(folder: Folder) -> str:
 
 
 class RunDirectory:
-    """STORAGE/NAME."""
+    """The folder STORAGE/NAME."""
 
     def __init__(self, storage: str, name: str) -> None:
         self.storage = Storage(storage).under(name)
@@ -62,15 +62,15 @@ class RunDirectory:
         return Stage(self.storage.under(f"rounds/{round_number}/{name}"))
 
     def training(self, round_number: int) -> Stage:
-        """Where the policy of a round is made."""
+        """The stage that trains a round's policy."""
         return self.stage(round_number, "train")
 
     def trained_rounds(self) -> list[int]:
-        """The rounds whose policy is there."""
+        """The rounds that have a policy."""
         return [number for number in dict.fromkeys(n for n, _ in self.folders()) if self.training(number).is_finished]
 
     def questions(self, split: str) -> Stage:
-        """The questions of a `Split` in chunks: a file holds the same questions in all languages."""
+        """The questions of a `Split`, in chunks. Each file has the same questions in all languages."""
         return Stage(self.storage.under(f"questions/{split}"))
 
     @property
@@ -79,14 +79,14 @@ class RunDirectory:
 
     @property
     def is_there(self) -> bool:
-        """Whether there is a run."""
+        """Whether the run exists."""
         return self.storage.exists(CONFIG_FILE)
 
     def check(self, changes: Changes | None, *, overwrite: bool = False, redo: bool = False) -> None:
-        """Raises InputError where something else, or a run that another configuration made, is in the way.
+        """Raises InputError if the folder contains something else, or a run that this configuration would invalidate.
 
-        `changes` is what the configuration means for the run; None where there is none. With `redo`, what becomes
-        invalid may be done again. Writes nothing.
+        `changes` is what the configuration changes in the existing run; None if there is no run. `redo` allows
+        invalid parts to be recomputed. Writes nothing.
         """
         if changes is None:
             if not (overwrite and self.is_there):
@@ -96,27 +96,27 @@ class RunDirectory:
         if invalid and not redo and not overwrite:
             lines = "\n".join(f"  {key}: {change}" for key, change in changes.keys.items())
             raise InputError(
-                f"{self.uri} holds a run with another configuration:\n{lines}\n"
-                f"With this one, these would have to be done again: {', '.join(invalid)}.\n"
-                "Give this run another name, add --redo to do them again, or --overwrite to delete the whole run."
+                f"{self.uri} contains a run with a different configuration:\n{lines}\n"
+                f"The new configuration invalidates: {', '.join(invalid)}.\n"
+                "Give this run another name, add --redo to recompute them, or --overwrite to delete the whole run."
             )
 
     def _check_without_config(self, overwrite: bool) -> None:
         names = self.storage.names()
         if foreign := [name for name in names if name not in PARTS]:
-            raise InputError(f"{self.uri} holds {foreign[0]} and is not a run; give this run another name")
+            raise InputError(f"{self.uri} contains {foreign[0]} and is not a run; give this run another name")
         if {"rounds", "questions"} & set(names) and DELETING not in names and not overwrite:
             raise InputError(
-                f"{self.uri} holds a run without its config.json; put that back, or add --overwrite to delete the run"
+                f"{self.uri} contains a run without its config.json; restore it, or add --overwrite to delete the run"
             )
 
     def invalid_parts(self, changes: Changes) -> list[str]:
-        """What of the run a configuration makes invalid, by its path."""
+        """Returns the paths of the parts of the run that the changes invalidate."""
         first = [part for part in BEFORE_ROUNDS if self.storage.exists(part)] if changes.starts_over else []
         return first + [path_of(folder) for folder in changes.folders]
 
     def is_complete(self, rounds: int, changes: Changes | None) -> bool:
-        """Whether the run is finished, has all rounds that a configuration wants, and none would be done otherwise."""
+        """Whether the run is finished, has all `rounds`, and the configuration invalidates none of it."""
         if changes is None or not self.is_finished or rounds > self.config.get("rounds", 0):
             return False
         return not self.invalid_parts(changes) and all(stage.is_finished for stage in self.all_stages().values())
@@ -126,78 +126,78 @@ class RunDirectory:
     ) -> list[str]:
         """Creates a new run directory; a resumed run keeps its valid folders.
 
-        Returns what is to be said of a configuration that has changed, a line each.
+        Returns log lines about what has changed in the configuration.
         """
         if overwrite:
-            # First, so that what an interrupted deletion leaves is never taken for a run.
+            # First, so that a partly deleted run is never resumed.
             self.storage.write_json(DELETING, {})
             self.storage.delete(CONFIG_FILE)
-        noted = {"format": FORMAT, "config": record, **provenance}
+        content = {"format": FORMAT, "config": record, **provenance}
         if changes is None or overwrite:
             self.storage.delete("")
-            self.storage.write_json(CONFIG_FILE, noted)
+            self.storage.write_json(CONFIG_FILE, content)
             return []
         invalid = self.invalid_parts(changes)
         if changes.keys:
-            found_out = ["evaluations", BAD_PROMPTS] if changes.finds_again else []
-            for part in ["finished.json", *found_out, *invalid]:
+            findings = ["evaluations", BAD_PROMPTS] if changes.discards_findings else []
+            for part in ["finished.json", *findings, *invalid]:
                 self.storage.delete(part)
-            # Last: a deletion that was interrupted begins again.
-            self.storage.write_json(CONFIG_FILE, noted)
-        said = [f"changed: {key}: {change}" for key, change in changes.keys.items()]
-        return said + [f"to be done again: {part}" for part in invalid]
+            # Last, so that an interrupted deletion is repeated.
+            self.storage.write_json(CONFIG_FILE, content)
+        lines = [f"changed: {key}: {change}" for key, change in changes.keys.items()]
+        return lines + [f"will be recomputed: {part}" for part in invalid]
 
     def folders(self) -> list[Folder]:
-        """The folders of rounds that have begun."""
+        """The folders of all started rounds."""
         rounds = sorted(int(name) for name in self.storage.names("rounds") if name.isdecimal())
-        there = {number: set(self.storage.names(f"rounds/{number}")) for number in rounds}
+        names_of_round = {number: set(self.storage.names(f"rounds/{number}")) for number in rounds}
         return [
             (number, name)
-            for number, names in there.items()
+            for number, names in names_of_round.items()
             for name in sorted(names.difference(self.storage.files(f"rounds/{number}")))
         ]
 
     def all_stages(self) -> dict[str, Stage]:
-        """Every folder of questions or of a round that has begun, by its path in the run."""
-        found = {f"questions/{name}": self.questions(name) for name in self.storage.names("questions")}
-        return found | {path_of(folder): self.stage(*folder) for folder in self.folders()}
+        """All folders of questions and of started rounds, by path relative to the run."""
+        questions = {f"questions/{name}": self.questions(name) for name in self.storage.names("questions")}
+        return questions | {path_of(folder): self.stage(*folder) for folder in self.folders()}
 
-    def forget_after(self, graph: Graph, number: int, policy: str) -> list[str]:
-        """Deletes what a round's policy made where that is not this policy any more; returns the folders' paths.
+    def discard_stale(self, graph: Graph, number: int, policy: str) -> list[str]:
+        """Deletes folders that depend on a round's policy if a different policy produced them; returns their paths.
 
-        It was lost and has been trained again, which need not give the same weights.
+        A lost policy that is trained again does not necessarily get the same weights.
         """
-        after = [
+        dependent = [
             (n, name) for n, name in self.folders() if n > number or (n == number and graph.follows_training(name))
         ]
-        made = [self.stage(number, name) for name in graph.answered_by("trained")]
-        made += [self.stage(number + 1, name) for name in graph.answered_by("start") if name != graph.trains]
-        chunks = [(stage, min(stage.chunks())) for stage in made if stage.chunks()]
+        stages = [self.stage(number, name) for name in graph.answered_by("trained")]
+        stages += [self.stage(number + 1, name) for name in graph.answered_by("start") if name != graph.trains]
+        chunks = [(stage, min(stage.chunks())) for stage in stages if stage.chunks()]
         names = [stage.read_chunk(chunk, ["policy"])["policy"].to_pylist() for stage, chunk in chunks]
         if {name for of_chunk in names for name in of_chunk} == {policy}:
             return []
-        for folder in after:
+        for folder in dependent:
             self.storage.delete(path_of(folder))
-        return [path_of(folder) for folder in after]
+        return [path_of(folder) for folder in dependent]
 
     @property
     def start(self) -> Policy | None:
-        """The copy of an earlier run's policy that this run starts from (`init_from`); None where there is none."""
-        return self._here(Policy(**self._read("start.json"))) if self.storage.exists("start.json") else None
+        """The run's copy of the earlier policy that it starts from (`init_from`), if any."""
+        return self._relocated(Policy(**self._read("start.json"))) if self.storage.exists("start.json") else None
 
     def policy(self, round_number: int) -> Policy:
-        """The policy that a round ended with; the round's training must be finished."""
-        return self._here(Policy(**self.training(round_number).record["policy"]))
+        """The policy that a round trained; the training must be finished."""
+        return self._relocated(Policy(**self.training(round_number).record["policy"]))
 
-    def _here(self, policy: Policy) -> Policy:
-        """A policy where it lies in this run, which may have been moved or copied since."""
+    def _relocated(self, policy: Policy) -> Policy:
+        """Points a policy to its folder in this run, which may have been moved or copied since."""
         if policy.kind == "base":
             return policy
-        made_in = self.training(policy.round).storage.under("policy") if policy.round else self.storage.under("start")
-        return replace(policy, location=made_in.uri())
+        folder = self.training(policy.round).storage.under("policy") if policy.round else self.storage.under("start")
+        return replace(policy, location=folder.uri())
 
-    def share_model(self, model: RunModel, folder: Path) -> RunModel:
-        """Notes the run's model, once, as every node can get it: the demo's is put into the run."""
+    def record_model(self, model: RunModel, folder: Path) -> RunModel:
+        """Records the run's model once, in a form that every node can load: uploads the demo's model to the run."""
         if self.model is not None:
             return self.model
         if model.sha256:
@@ -208,7 +208,7 @@ class RunDirectory:
 
     @property
     def model(self) -> RunModel | None:
-        """The model that the run started from; None before it has one."""
+        """The model that the run starts from; None until it is recorded."""
         if not self.storage.exists("model.json"):
             return None
         model = RunModel(**self._read("model.json"))
@@ -218,35 +218,35 @@ class RunDirectory:
         try:
             return dict(self.storage.read_json(name))
         except (ValueError, TypeError):
-            raise InputError(f"{self.storage.uri(name)} is torn; delete it, and it is made again") from None
+            raise InputError(f"{self.storage.uri(name)} is corrupt; delete it to have it regenerated") from None
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration of the run that is here.
+        """The run's resolved configuration.
 
-        Raises InputError where there is none, or where the run is of another format.
+        Raises InputError if there is no run or it has another format.
         """
         if not self.is_there:
             raise InputError(f"{self.uri}: there is no run here (no config.json)")
         try:
-            noted = dict(self.storage.read_json(CONFIG_FILE))
-            config, written = dict(noted["config"]), noted.get("format")
+            content = dict(self.storage.read_json(CONFIG_FILE))
+            config, run_format = dict(content["config"]), content.get("format")
         except (ValueError, KeyError, TypeError):
             raise InputError(
-                f"{self.uri}: its config.json is torn; put it back, or run its recipe with --overwrite"
+                f"{self.uri}: config.json is corrupt; restore it, or run the recipe with --overwrite"
             ) from None
-        if written != FORMAT:
+        if run_format != FORMAT:
             raise InputError(
-                f"{self.uri}: was written by another version of calm_ray, whose files differ; run its recipe under "
-                "another name, or with --overwrite, which deletes it"
+                f"{self.uri}: was written by an incompatible version of calm_ray; run the recipe under another name, "
+                "or with --overwrite, which deletes this run"
             )
         return config
 
     @property
     def summary(self) -> dict[str, Any]:
-        """summary.json; InputError where no round is finished yet."""
+        """The content of summary.json. Raises InputError if no round has finished yet."""
         if not self.storage.exists("summary.json"):
-            raise InputError(f"{self.uri}: no round is finished yet (no summary.json)")
+            raise InputError(f"{self.uri}: no round has finished yet (no summary.json)")
         return dict(self.storage.read_json("summary.json"))
 
     def finish(self, record: dict[str, Any]) -> None:
@@ -257,7 +257,7 @@ class RunDirectory:
         return self.storage.exists("finished.json")
 
     def write_metrics(self, rounds: int) -> None:
-        """Gathers the rounds' training metrics into `metrics.jsonl`."""
+        """Collects the training metrics of all rounds in `metrics.jsonl`."""
         lines: list[str] = []
         for number in range(1, rounds + 1):
             storage = self.training(number).storage

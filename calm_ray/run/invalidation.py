@@ -1,4 +1,4 @@
-"""Which folders of a run a changed configuration makes invalid. All of it follows from what the steps declare."""
+"""Which folders of a run a changed configuration invalidates, derived from what the steps declare."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Folder = tuple[int, str]
 """Round and name: `rounds/1/sample`."""
 
 QUESTION_KEYS = ("init_from", "languages", "model", "questions", "sampling.prompts_per_chunk", "seed", "world")
-"""What changes the questions, the model or the policy that a run starts from: everything begins again."""
+"""Keys that change the questions, the model or the starting policy: the whole run starts over."""
 PLUGINS = "plugins"
-"""What changes the code of a method's steps."""
+"""The section that can change the code of a method's steps."""
 
 HARMLESS = (
     "engines", "name", "placement", "rounds", "storage",
@@ -34,18 +34,18 @@ HARMLESS = (
         )
     ),
 )  # fmt: skip
-"""How the work is done, not what comes of it. A longer key that a step names goes before a shorter one here."""
+"""Keys that change how the work is done but not its results. A step overrides them by declaring a longer key."""
 
 
-class Declared(Protocol):
-    """A step, as far as it is needed here (`calm_ray.methods.base.Step`)."""
+class StepLike(Protocol):
+    """The part of `calm_ray.methods.base.Step` that is needed here."""
 
     @property
     def name(self) -> str: ...
     @property
     def kind(self) -> tuple[Any, ...]: ...
     @property
-    def beside(self) -> tuple[str, ...]: ...
+    def also_fills(self) -> tuple[str, ...]: ...
     @property
     def reads(self) -> tuple[str, ...]: ...
     @property
@@ -59,140 +59,140 @@ class Declared(Protocol):
 
 
 QUESTIONS = ("questions", "held_out")
-"""What steps read that no step makes."""
+"""Folders that steps read but no step makes."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The steps of a round in their order."""
+    """The steps of a round, in order."""
 
-    training: tuple[Declared, ...]
-    """Those of the method, and the one that trains; round 0 has none of them."""
-    evaluation: tuple[Declared, ...]
+    training: tuple[StepLike, ...]
+    """The method's steps; the last one trains. Round 0 has none of them."""
+    evaluation: tuple[StepLike, ...]
     section: str
-    """The section of the method's own settings. A key of it that no step names changes every step."""
+    """The method's own section. A key in it that no step declares affects every step."""
 
     def __post_init__(self) -> None:
-        """Raises InputError where steps do not go together, as those of a method from outside may."""
-        there: dict[str, Any] = dict.fromkeys(QUESTIONS)
+        """Raises InputError if the steps do not fit together, which can happen with a plug-in's method."""
+        folders: dict[str, Any] = dict.fromkeys(QUESTIONS)
         for step in (*self.training, *self.evaluation):
-            if missing := [name for name in step.reads if name not in there]:
-                raise InputError(f"method: step {step.name} reads {missing[0]}, which no step before it makes")
-            for name in (step.name, *step.beside):
-                if there.setdefault(name, step.kind) != step.kind:  # a step may serve training and evaluation
-                    raise InputError(f"method: two steps have the folder {name}; call one of them otherwise")
+            if missing := [name for name in step.reads if name not in folders]:
+                raise InputError(f"method: step {step.name} reads {missing[0]}, which no earlier step makes")
+            for name in (step.name, *step.also_fills):
+                if folders.setdefault(name, step.kind) != step.kind:  # one step may serve training and evaluation
+                    raise InputError(f"method: two steps have the folder {name}; rename one of them")
 
     @cached_property
-    def by_name(self) -> dict[str, Declared]:
+    def by_name(self) -> dict[str, StepLike]:
         return {step.name: step for step in (*self.training, *self.evaluation)}
 
     @property
     def trains(self) -> str:
-        """The step whose folder holds a round's policy."""
+        """The step whose folder contains a round's policy."""
         return self.training[-1].name
 
-    def of_round(self, number: int) -> list[Declared]:
-        """The steps that a round has."""
+    def of_round(self, number: int) -> list[StepLike]:
+        """The steps of one round."""
         steps = self.by_name if number else {step.name: step for step in self.evaluation}
         return [step for step in steps.values() if step.first_round <= number]
 
     @cached_property
-    def owners(self) -> dict[str, Declared]:
-        """Each folder of a round, in the order in which they are made, and the step that fills it."""
-        return {name: step for step in self.by_name.values() for name in (*step.beside, step.name)}
+    def owners(self) -> dict[str, StepLike]:
+        """The step that fills each folder of a round, in the order of creation."""
+        return {name: step for step in self.by_name.values() for name in (*step.also_fills, step.name)}
 
     def follows_training(self, folder: str) -> bool:
-        """Whether a folder of a round is made by the round's new policy, or from what that made."""
+        """Whether a folder of a round depends on the policy that the round trains."""
         step = self.owners.get(folder)
         if step is None:
             return False
         return step.asks == "trained" or any(self.follows_training(name) for name in step.reads)
 
     def leads_to_training(self, folder: str) -> bool:
-        """Whether what is trained on depends on a folder of the round."""
-        wanted, open_ = set(), [self.trains]
-        while open_:
-            step = self.by_name.get(open_.pop())
+        """Whether training depends on a folder of the round."""
+        dependencies, pending = set(), [self.trains]
+        while pending:
+            step = self.by_name.get(pending.pop())
             for name in step.reads if step is not None else ():
-                if name not in wanted:
-                    wanted.add(name)
-                    open_.append(name)
-        return folder in self.owners and self.owners[folder].name in wanted
+                if name not in dependencies:
+                    dependencies.add(name)
+                    pending.append(name)
+        return folder in self.owners and self.owners[folder].name in dependencies
 
     def answered_by(self, asks: str) -> list[str]:
-        """The steps that a policy answers."""
+        """Names of the steps that ask this policy."""
         return [step.name for step in self.by_name.values() if step.asks == asks]
 
-    def has_unnamed(self, key: str) -> bool:
-        """Whether a key is one of the method's own that no step names."""
-        named = [name for step in self.by_name.values() for name in (*step.keys, *step.trained_keys)]
-        return _is_below(key, self.section) and not _touches(key, named)
+    def is_undeclared(self, key: str) -> bool:
+        """Whether a key is in the method's own section and no step declares it."""
+        declared = [name for step in self.by_name.values() for name in (*step.keys, *step.trained_keys)]
+        return _is_below(key, self.section) and not _touches(key, declared)
 
     def together(self, folder: str) -> list[str]:
-        """The other folders whose chunks are written along with those of this one; the step's own comes first."""
+        """The other folders that the same step fills along with this one, the step's own folder first."""
         step = self.owners.get(folder)
-        return [name for name in (step.name, *step.beside) if name != folder] if step is not None else []
+        return [name for name in (step.name, *step.also_fills) if name != folder] if step is not None else []
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What another configuration means for a run that is there."""
+    """What a new configuration changes in an existing run."""
 
     keys: dict[str, str] = field(default_factory=dict)
-    """The keys that differ, each with what it was and what it is."""
+    """The keys that differ, with a description of the old and new values."""
     starts_over: bool = False
-    """Whether nothing of the run stays, its questions and its model included."""
+    """Whether the whole run is invalid, including its questions and model."""
     folders: tuple[Folder, ...] = ()
-    """What becomes invalid of its rounds."""
-    finds_again: bool = False
-    """Whether what was found out about prompts and policies on the way is invalid, too."""
+    """The invalid folders of its rounds."""
+    discards_findings: bool = False
+    """Whether its bad prompts and its separate evaluations are invalid too."""
 
 
 def changes_between(
-    before: Mapping[str, Any], after: Mapping[str, Any], old: Graph, new: Graph, there: Sequence[Folder]
+    before: Mapping[str, Any], after: Mapping[str, Any], old: Graph, new: Graph, existing: Sequence[Folder]
 ) -> Changes:
-    """What it means that a run is resumed with another configuration; `there` are the folders of its rounds."""
+    """What resuming a run with another configuration changes; `existing` are the folders of its rounds."""
     changed = differences(before, after)
     if any(_touches(key, QUESTION_KEYS) for key in changed):
-        return Changes(changed, True, tuple(there), True)
+        return Changes(changed, True, tuple(existing), True)
     is_base = after.get("init_from") is None
-    invalid = invalid_folders(changed, old, new, there, starts_from_base=is_base)
-    finds_again = any(number == 0 or (number == 1 and new.leads_to_training(name)) for number, name in invalid)
-    return Changes(changed, False, tuple(invalid), finds_again)
+    invalid = invalid_folders(changed, old, new, existing, starts_from_base=is_base)
+    discards_findings = any(number == 0 or (number == 1 and new.leads_to_training(name)) for number, name in invalid)
+    return Changes(changed, False, tuple(invalid), discards_findings)
 
 
 def invalid_folders(
-    changed: Collection[str], old: Graph, new: Graph, there: Sequence[Folder], *, starts_from_base: bool
+    changed: Collection[str], old: Graph, new: Graph, existing: Sequence[Folder], *, starts_from_base: bool
 ) -> list[Folder]:
-    """Of the folders that are there, those that a step would fill otherwise now, or that no step fills any more."""
+    """The existing folders that a step would now fill differently, or that no step fills any more."""
     before = {name: step.kind for name, step in old.by_name.items()}
     replaced = {name for name, step in new.by_name.items() if step.kind != before.get(name)}
     is_same = old.section == new.section and old.by_name.keys() == new.by_name.keys()
-    if any(_is_below(key, PLUGINS) or (is_same and new.has_unnamed(key)) for key in changed):
+    if any(_is_below(key, PLUGINS) or (is_same and new.is_undeclared(key)) for key in changed):
         replaced = set(new.by_name)
     invalid: set[Folder] = set()
-    for number in range(max((number for number, _ in there), default=-1) + 1):
+    for number in range(max((number for number, _ in existing), default=-1) + 1):
         for step in new.of_round(number):
-            made_by = {"start": number - 1, "trained": number}.get(step.asks or "", 0)
-            is_trained = made_by > 0 or (step.asks != "base" and not starts_from_base)
+            policy_round = {"start": number - 1, "trained": number}.get(step.asks or "", 0)
+            is_trained = policy_round > 0 or (step.asks != "base" and not starts_from_base)
             keys = (*step.keys, *(step.trained_keys if is_trained else ()))
             if (
                 step.name in replaced
                 or any(_touches(key, keys) for key in changed)
                 or any((number, name) in invalid for name in step.reads)
-                or (step.asks in ("start", "trained") and (made_by, new.trains) in invalid)
+                or (step.asks in ("start", "trained") and (policy_round, new.trains) in invalid)
             ):
                 invalid.add((number, step.name))
     owners = new.owners
     return [
         (number, name)
-        for number, name in sorted(there, key=lambda folder: (folder[0], [*owners, folder[1]].index(folder[1])))
+        for number, name in sorted(existing, key=lambda folder: (folder[0], [*owners, folder[1]].index(folder[1])))
         if name not in owners or (number, owners[name].name) in invalid
     ]
 
 
 def differences(before: Any, after: Any, path: str = "") -> dict[str, str]:
-    """The keys in which two configurations differ, each with what it was and what it is."""
+    """The keys in which two configurations differ, with a description of the old and new values."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         found: dict[str, str] = {}
         for key in dict.fromkeys([*before, *after]):
@@ -202,12 +202,12 @@ def differences(before: Any, after: Any, path: str = "") -> dict[str, str]:
 
 
 def _touches(key: str, keys: Iterable[str]) -> bool:
-    """Whether a changed key is one of these, lies below one, or holds one; the longest rule for it counts."""
-    named = [name for name in keys if _is_below(key, name)]
-    if any(_is_below(name, key) and name != key for name in keys):  # a whole section that came or went
+    """Whether a changed key is, is below, or contains one of `keys`. Against HARMLESS, the longest match wins."""
+    matches = [name for name in keys if _is_below(key, name)]
+    if any(_is_below(name, key) and name != key for name in keys):  # a whole section was added or removed
         return True
     harmless = max((len(name) for name in HARMLESS if _is_below(key, name)), default=-1)
-    return max(map(len, named), default=-1) > harmless
+    return max(map(len, matches), default=-1) > harmless
 
 
 def _is_below(key: str, section: str) -> bool:

@@ -1,10 +1,10 @@
-"""One driver for each run: a lock file beside the run's folder, `STORAGE/.NAME.lock`, for all who see the same disk.
+"""One driver per run: a lock file next to the run's folder, `STORAGE/.NAME.lock`, for all hosts that share the disk.
 
-It lies beside the folder, not in it, so that `--overwrite` may delete the folder; no run's name begins with a dot.
+The file is outside the folder so that `--overwrite` can delete the folder. Run names never start with a dot.
 
-The owner shows that it lives by touching the file. Its own machine looks for the process instead and takes over at once
-when that has died; other machines wait until the file has not been touched for `SILENT_SECONDS`, by the clock of the
-disk. Object stores have no such file: there only the lock within a cluster holds (`calm_ray.cluster.run_lock`).
+The owner touches the file as a heartbeat. A process on the same host checks the owner's pid instead and takes over
+immediately if it is dead; other hosts wait until the file has not been touched for `TIMEOUT_SECONDS` by the disk's
+clock. Object stores have no such file; there, only the lock within a cluster applies (`calm_ray.cluster.run_lock`).
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from calm_ray.core.errors import CalmRayError, StorageError
 from calm_ray.run.lock_owner import InUseError, Owner, parse_owner, this_process
 from calm_ray.run.storage import Storage
 
-BEAT_SECONDS = 5.0
-SILENT_SECONDS = 60.0
-MOST_BYTES = 4096
-"""No lock of ours is larger."""
+HEARTBEAT_SECONDS = 5.0
+TIMEOUT_SECONDS = 60.0
+MAX_BYTES = 4096
+"""Larger than any valid lock file."""
 
 
 @contextmanager
 def locked(storage: Storage, say: Callable[[str], None]) -> Iterator[None]:
-    """Keeps the run in this folder to this process, from before anything of it is written until the block is left.
+    """Locks the run in this folder for the duration of the block. Enter it before writing any of the run's files.
 
-    Raises InUseError where another process works on it, StorageError where the lock cannot be written, and
-    CalmRayError where another process took over because this one had stood still: the main thread is interrupted then.
+    Raises InUseError if another process is working on the run, StorageError if the lock cannot be written, and
+    CalmRayError if the lock is lost, for instance to a process that took over because this one was unresponsive; the
+    main thread is interrupted in that case.
     """
     if not storage.is_local:
         yield
@@ -61,23 +62,23 @@ def locked(storage: Storage, say: Callable[[str], None]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A lock file, as it was when it was judged."""
+class _LockFile:
+    """A lock file's state when it was read."""
 
     content: bytes
     touched: int
-    """In nanoseconds, by the disk's clock."""
+    """Time of the last heartbeat in nanoseconds, by the disk's clock."""
 
     @property
     def owner(self) -> Owner | None:
         return parse_owner(self.content)
 
 
-def _find(path: Path) -> _Found | None:
-    # Opened first: network disks keep attributes for a while, and ask again when a file is opened.
+def _read_lock(path: Path) -> _LockFile | None:
+    # Opened first: network file systems cache attributes and refresh them on open.
     try:
         with open(path, "rb") as file:
-            return _Found(file.read(MOST_BYTES), os.fstat(file.fileno()).st_mtime_ns)
+            return _LockFile(file.read(MAX_BYTES), os.fstat(file.fileno()).st_mtime_ns)
     except FileNotFoundError:
         return None
 
@@ -87,18 +88,18 @@ def _acquire(path: Path, owner: Owner, run: str, say: Callable[[str], None]) -> 
     for _ in range(3):
         if _create(path, owner):
             return
-        found = _find(path)
-        if found is None:  # released at this moment
+        found = _read_lock(path)
+        if found is None:  # just released
             continue
         _refuse_if_alive(path, found, run)
         if _take_over(path, found, owner):
-            say(f"goes on in place of {found.owner or 'another process'}, which is dead or silent")
+            say(f"took over the lock from {found.owner or 'another process'} (dead or unresponsive)")
             return
-    raise InUseError(f"{run}: other processes begin to work on it at this moment; a run has one at a time")
+    raise InUseError(f"{run}: other processes are acquiring its lock right now; a run has one driver at a time")
 
 
 def _create(path: Path, owner: Owner) -> bool:
-    """Writes a file that must not be there yet; of several processes that try, one succeeds."""
+    """Writes a lock file unless it exists. Atomic: only one of several competing processes succeeds."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -114,25 +115,25 @@ def _create(path: Path, owner: Owner) -> bool:
     return True
 
 
-def _refuse_if_alive(path: Path, found: _Found, run: str) -> None:
+def _refuse_if_alive(path: Path, found: _LockFile, run: str) -> None:
     owner = found.owner
-    who = str(owner) if owner else "another process"
+    holder = str(owner) if owner else "another process"
     advice = "A run has one driver: stop that one first, or give this run another name."
-    if owner and owner.is_of_this_machine:
+    if owner and owner.is_on_this_host:
         if owner.lives:
-            raise InUseError(f"{run}: in use by {who}. {advice}")
+            raise InUseError(f"{run}: in use by {holder}. {advice}")
         return
-    silent = _silent_seconds(path, found)
-    if silent < SILENT_SECONDS:
+    silent = _seconds_silent(path, found)
+    if silent < TIMEOUT_SECONDS:
         raise InUseError(
-            f"{run}: in use by {who}; its last sign of life was {max(0, round(silent))} s ago. {advice} "
-            f"If it has died, try again {SILENT_SECONDS:.0f} s after its last sign of life."
+            f"{run}: in use by {holder}; its last heartbeat was {max(0, round(silent))} s ago. {advice} "
+            f"If it has died, try again {TIMEOUT_SECONDS:.0f} s after its last heartbeat."
         )
 
 
-def _silent_seconds(path: Path, found: _Found) -> float:
-    """How long ago the lock was touched, by the clock that its disk gives to a file made now."""
-    probe = _beside(path)
+def _seconds_silent(path: Path, found: _LockFile) -> float:
+    """Seconds since the last heartbeat, by the disk's clock: compares with the mtime of a file created now."""
+    probe = _temporary_path(path)
     try:
         with open(probe, "xb") as file:
             return (os.fstat(file.fileno()).st_mtime_ns - found.touched) / 1e9
@@ -140,21 +141,21 @@ def _silent_seconds(path: Path, found: _Found) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _take_over(path: Path, found: _Found, owner: Owner) -> bool:
-    """Replaces a dead owner's lock, if it is still as it was found; of several processes that try, one succeeds.
+def _take_over(path: Path, found: _LockFile, owner: Owner) -> bool:
+    """Replaces a dead owner's lock unless it has changed. Only one of several competing processes succeeds.
 
-    Only who makes the claim file for the lock that was found may replace it; the lock's name is never free meanwhile.
+    A process must first create a claim file named after the lock's content; the lock itself exists throughout.
     """
     claim = path.with_name(f"{path.name}.{hashlib.sha256(found.content).hexdigest()[:16]}")
     if not _create(claim, owner):
-        left = _find(claim)
-        if left and _silent_seconds(path, left) > SILENT_SECONDS:  # its maker died before it had replaced the lock
+        stale = _read_lock(claim)
+        if stale and _seconds_silent(path, stale) > TIMEOUT_SECONDS:  # its creator died before replacing the lock
             claim.unlink(missing_ok=True)
         return False
-    temporary = _beside(path)
+    temporary = _temporary_path(path)
     try:
         _create(temporary, owner)
-        if _find(path) != found:
+        if _read_lock(path) != found:
             return False
         temporary.replace(path)
         return True
@@ -163,26 +164,26 @@ def _take_over(path: Path, found: _Found, owner: Owner) -> bool:
         claim.unlink(missing_ok=True)
 
 
-def _beside(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
 
 
-def _is_ours(found: _Found | None, owner: Owner) -> bool:
+def _is_ours(found: _LockFile | None, owner: Owner) -> bool:
     return found is not None and found.owner == owner
 
 
 def _release(path: Path, owner: Owner) -> None:
     with suppress(OSError):
-        if _is_ours(_find(path), owner):
+        if _is_ours(_read_lock(path), owner):
             path.unlink()
 
 
 class _Heartbeat:
-    """Touches the lock until it is stopped; interrupts the main thread, as Ctrl-C would, when the lock was lost."""
+    """Touches the lock until stopped. If the lock is lost, interrupts the main thread as Ctrl-C would."""
 
     def __init__(self, path: Path, owner: Owner, run: str, say: Callable[[str], None]) -> None:
         self.lost = ""
-        """Why the lock is not ours any more; empty while it is."""
+        """Why the lock was lost; empty while this process has it."""
         self._path, self._owner, self._run, self._say = path, owner, run, say
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="calm_ray lock", daemon=True)
@@ -193,17 +194,17 @@ class _Heartbeat:
         self._thread.join()
 
     def _beat(self) -> None:
-        while not self._stopped.wait(BEAT_SECONDS):
-            with suppress(OSError):  # a disk that does not answer now; what is written meanwhile fails for itself
+        while not self._stopped.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):  # a disk that is unavailable for now; other writes report that themselves
                 if not self._touch():
                     self._stop_the_run()
                     return
 
     def _touch(self) -> bool:
-        """Touches the lock; False where it is not ours. By its descriptor: the name may be another's by then."""
+        """Touches the lock and returns True if it is ours. Uses the descriptor, as the path may change hands."""
         try:
             with open(self._path, "rb") as file:
-                if parse_owner(file.read(MOST_BYTES)) != self._owner:
+                if parse_owner(file.read(MAX_BYTES)) != self._owner:
                     return False
                 os.utime(file.fileno())
                 return True
@@ -213,15 +214,15 @@ class _Heartbeat:
     def _stop_the_run(self) -> None:
         found = None
         with suppress(OSError):
-            found = _find(self._path)
-        taker = f"{found.owner} took it over" if found and found.owner else f"{self._path} is gone"
+            found = _read_lock(self._path)
+        reason = f"{found.owner} took it over" if found and found.owner else f"{self._path} is missing"
         self.lost = (
-            f"{self._run}: this process has lost its lock: {taker}. It had stood still for {SILENT_SECONDS:.0f} s or "
-            "longer, or the file was deleted. What it wrote before is kept."
+            f"{self._run}: this process has lost its lock: {reason}. It was unresponsive for at least "
+            f"{TIMEOUT_SECONDS:.0f} s, or the file was deleted. Everything written so far is kept."
         )
         self._say(self.lost)
         main = threading.main_thread().ident
-        # Where Ctrl-C is ignored, as by `nohup … &` in a script, nothing milder is left.
+        # SIGTERM if SIGINT is ignored, as with `nohup … &` in a script.
         interrupts = callable(signal.getsignal(signal.SIGINT))
         if main is not None:
             signal.pthread_kill(main, signal.SIGINT if interrupts else signal.SIGTERM)

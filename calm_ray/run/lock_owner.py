@@ -1,4 +1,4 @@
-"""Who works on a run: one process, as it is named to people and found again by others."""
+"""The owner of a run's lock: identifies a process to the user and to other processes."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from calm_ray.core.errors import InputError
 
-# A lock is a file that others may have written, and its words are printed.
+# Anyone may have written the lock file, and its fields are printed.
 Word = Annotated[str, StringConstraints(pattern=r"^[\w.:@\[\] +-]*$", max_length=255)]
-OTHERS = re.compile(r"[^\w.:@\[\] +-]")
+DISALLOWED = re.compile(r"[^\w.:@\[\] +-]")
 
 
 class InUseError(InputError):
-    """Another process works on the run; the message names it and says what to do."""
+    """Another process is working on the run. The message names it and says what to do."""
 
 
 class Owner(BaseModel):
-    """A process, so that another one can tell whether it still lives."""
+    """A process, with enough detail for others to tell whether it is still alive."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: Word
     boot: Word
-    """The kernel's boot id: after a restart of the machine the same pid is another process."""
+    """The kernel's boot id, since pids are reused after a reboot."""
     pid_namespace: Word
     pid: Annotated[int, Field(gt=0)]
     process_started: int
-    """In clock ticks since boot; a pid that was given again has another one."""
+    """Start time in clock ticks since boot, which tells apart processes that reuse a pid."""
     user: Word
     since: Word
     token: Word
-    """Unlike that of any other lock."""
+    """Unique id of this lock."""
 
     def __str__(self) -> str:
         return f"process {self.pid} of {self.user} on {self.host}, since {self.since}"
 
     @property
-    def is_of_this_machine(self) -> bool:
-        """Whether its pid means something to this process."""
+    def is_on_this_host(self) -> bool:
+        """Whether its pid is valid in this process's host and pid namespace."""
         return (self.host, self.boot, self.pid_namespace) == _machine()
 
     @property
     def lives(self) -> bool:
-        """Whether the process is there; to be asked on its own machine only."""
+        """Whether the process is alive. Only meaningful on the same host."""
         return _process_started(self.pid) == self.process_started
 
 
@@ -70,7 +70,7 @@ def this_process() -> Owner:
 
 
 def parse_owner(content: bytes) -> Owner | None:
-    """The owner that a lock names; None where it is torn, empty or something else."""
+    """Parses a lock file. Returns None if it is corrupt, empty or not a lock file."""
     try:
         return Owner.model_validate_json(content)
     except ValidationError:
@@ -79,24 +79,24 @@ def parse_owner(content: bytes) -> Owner | None:
 
 def _machine() -> tuple[str, str, str]:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return OTHERS.sub("_", socket.gethostname()), boot, str(Path("/proc/self/ns/pid").readlink())
+    return DISALLOWED.sub("_", socket.gethostname()), boot, str(Path("/proc/self/ns/pid").readlink())
 
 
 def _process_started(pid: int) -> int | None:
-    """When the process was started, in clock ticks since boot; None where there is none, or only what is left of one.
+    """Start time of a process in clock ticks since boot; None if there is no such process or it is a zombie.
 
-    Fields 3 and 22 of /proc/PID/stat, see proc(5).
+    Reads fields 3 and 22 of /proc/PID/stat, see proc(5).
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    fields = stat.rpartition(")")[2].split()  # the second field is the command's name, which may hold anything
+    fields = stat.rpartition(")")[2].split()  # the second field, the command's name, may contain anything
     return None if fields[0] in "ZX" else int(fields[19])
 
 
 def _user() -> str:
     try:
-        return OTHERS.sub("_", getpass.getuser())
-    except (KeyError, OSError):  # a container's user without a name
+        return DISALLOWED.sub("_", getpass.getuser())
+    except (KeyError, OSError):  # a user without a name, as in containers
         return f"uid {os.getuid()}"

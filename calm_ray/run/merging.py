@@ -1,4 +1,4 @@
-"""Merging an adapter into its model: for engines that are refreshed with whole weights, and for users of the result."""
+"""Merges an adapter into its model, for engines that load full weights and for exporting the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from calm_ray.run.policies import Policy, RunModel, cache_folder, node_lock
 
 
 def merge(model: Path, adapter: Path, target: Path) -> None:
-    """Writes the model with the adapter merged into its weights, as safetensors, with tokenizer and configuration."""
+    """Merges the adapter into the model and writes the result as safetensors, with tokenizer and configuration."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -26,7 +26,7 @@ def merge(model: Path, adapter: Path, target: Path) -> None:
 
 
 def merged_folder(model: RunModel, policy: Policy) -> Path:
-    """A policy's whole weights on this node: merged once, for all engines of the node."""
+    """Returns the folder with a policy's full weights on this node, merged once for all engines of the node."""
     if policy.kind == "base":
         return model.local_folder()
     if policy.kind == "weights":
@@ -40,6 +40,6 @@ def merged_folder(model: RunModel, policy: Policy) -> Path:
     return folder
 
 
-def forget_merged(policy: str) -> None:
-    """Removes a policy's merged weights from this node: they are as large as the model, and made again at need."""
+def delete_merged(policy: str) -> None:
+    """Deletes a policy's merged weights from this node: they are as large as the model, and can be merged again."""
     shutil.rmtree(cache_folder() / "merged" / policy, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The files of a model or an adapter, checked before any library reads them: what is there may come from anywhere."""
+"""The files of a model or an adapter. They are untrusted, so they are checked before any library reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from calm_ray.core.errors import InputError
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".spm", ".tiktoken", ".jinja")
-"""What a model is made of; code and pickles that lie beside it are never read, fetched or copied."""
+"""The files that make up a model. Code and pickles next to them are never read, fetched or copied."""
 INDEX = ".safetensors.index.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -23,24 +23,26 @@ _READ_AS_JSON = {
 }
 _LARGEST_JSON = 64 << 20
 _MOST_LAYERS = 10_000
-CONVERT = "convert them first: load them where you trust them, and save_pretrained(folder, safe_serialization=True)"
+CONVERT = "convert them first: load them in a trusted environment and save_pretrained(folder, safe_serialization=True)"
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a model directly in a folder, sorted; a link counts where it stays in the folder, or in the hub's
-    cache. Raises InputError for one that leads elsewhere."""
+    """Returns the model files directly in a folder, sorted.
+
+    Raises InputError for a symlink that points outside the folder, other than into the hub's cache.
+    """
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
     inside = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
         inside.append(folder.resolve().parent.parent / "blobs")
     for file in files:
         if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in inside):
-            raise InputError(f"{file}: is a link that leads out of its folder; put the file itself there")
+            raise InputError(f"{file}: is a symlink that points outside its folder; copy the file itself there")
     return [file for file in files if file.is_file()]
 
 
 def check_files(folder: Path) -> None:
-    """Raises InputError for a file that is not what its name says, or names files outside the folder."""
+    """Raises InputError for a file that is not what its name says, or that refers to files outside the folder."""
     files = model_files(folder)
     names = {file.name for file in files}
     for file in files:
@@ -53,23 +55,24 @@ def check_files(folder: Path) -> None:
 
 
 def require_safetensors(folder: Path) -> None:
-    """Raises InputError unless the folder's weights are safetensors, and all that a model reads is sound.
+    """Raises InputError unless the folder's weights are safetensors and all model files are valid.
 
-    A model's pickles may lie beside its safetensors: vLLM and transformers are told to read the latter alone. vLLM
-    looks for an adapter's by name, and would take adapter_model.bin where adapter_model.safetensors is not there.
+    Pickles next to a model's safetensors are fine: vLLM and transformers are told to read only safetensors. For
+    adapters they are not: vLLM falls back to adapter_model.bin if adapter_model.safetensors is missing.
     """
     names = sorted(file.name for file in folder.iterdir())
     pickles = [name for name in names if name.endswith(PICKLES)]
     if not any(name.endswith(".safetensors") for name in names):
-        raise InputError(f"{folder}: holds no *.safetensors weights ({', '.join(pickles) or 'none at all'}); {CONVERT}")
+        raise InputError(f"{folder}: has no *.safetensors weights ({', '.join(pickles) or 'none at all'}); {CONVERT}")
     adapters = [name for name in pickles if name.startswith("adapter_model.")]
     if adapters or (ADAPTER[0] in names and ADAPTER[1] not in names):
-        raise InputError(f"{folder}: its adapter is {', '.join(adapters) or 'not there'}, not {ADAPTER[1]}; {CONVERT}")
+        found = ", ".join(adapters) or "no adapter weights"
+        raise InputError(f"{folder}: expected {ADAPTER[1]}, found {found}; {CONVERT}")
     check_files(folder)
 
 
 def context_tokens(folder: Path, engine_args: Mapping[str, Any]) -> int | None:
-    """The most tokens of a prompt and its answer that the engines take; None where nothing says it."""
+    """Maximum number of tokens that the engines accept for a prompt and its answer; None if unknown."""
     from transformers import AutoConfig
 
     limit = engine_args.get("max_model_len")
@@ -79,12 +82,12 @@ def context_tokens(folder: Path, engine_args: Mapping[str, Any]) -> int | None:
 
 
 def _check_tensors(file: Path) -> None:
-    """The header alone is read. safetensors refuses one that is too long, or reaches beyond its file."""
+    """Reads only the header. safetensors rejects headers that are too long or point beyond the end of the file."""
     try:
         with safe_open(file, framework="numpy") as tensors:
             tensors.keys()
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not readable as safetensors: {error}; bring the file again") from None
+        raise InputError(f"{file}: cannot be read as safetensors: {error}; download or copy it again") from None
 
 
 def _check_index(file: Path, names: set[str]) -> None:
@@ -92,7 +95,7 @@ def _check_index(file: Path, names: set[str]) -> None:
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
         raise InputError(f"{file}: has no weight_map from weights to files")
     if foreign := sorted(set(weights.values()) - names):
-        raise InputError(f"{file}: names {foreign[0]!r:.200}, which is no safetensors file of its folder")
+        raise InputError(f"{file}: names {foreign[0]!r:.200}, which is not a safetensors file in its folder")
 
 
 def _check_settings(file: Path) -> None:
@@ -103,13 +106,13 @@ def _check_settings(file: Path) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     if file.stat().st_size > _LARGEST_JSON:
-        raise InputError(f"{file}: is longer than {_LARGEST_JSON >> 20} MB, and holds settings")
+        raise InputError(f"{file}: is larger than {_LARGEST_JSON >> 20} MB, too large for a settings file")
     try:
         value = json.loads(file.read_bytes())
     except RecursionError:
-        raise InputError(f"{file}: not readable as JSON: nested too deeply") from None
-    except (ValueError, OSError) as error:  # not JSON, not UTF-8, a number of thousands of digits
-        raise InputError(f"{file}: not readable as JSON: {error}") from None
+        raise InputError(f"{file}: cannot be read as JSON: nested too deeply") from None
+    except (ValueError, OSError) as error:  # not JSON, not UTF-8, a number with thousands of digits
+        raise InputError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{file}: must hold a JSON object")
+        raise InputError(f"{file}: must contain a JSON object")
     return value

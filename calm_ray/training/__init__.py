@@ -1,1 +1,1 @@
-"""Pairs become a trained policy."""
+"""Training: from pairs to a policy."""

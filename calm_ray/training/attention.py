@@ -1,6 +1,6 @@
-"""Attention over packed sequences: each sequence sees itself only, and nothing is computed between different ones.
+"""Attention over packed sequences: each sequence attends only to itself, with no compute spent across sequences.
 
-Registered with transformers as `varlen`, for models that call their attention through transformers' interface.
+Registered with transformers as `varlen`, for models that call attention through its interface.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def varlen_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each of the packed sequences.
+    """Causal attention within each packed sequence.
 
     query [1, Hq, T, D], key and value [1, Hkv, T, D], `cu_seq_lens_q` [N + 1] int32; returns [1, T, Hq, D].
-    On GPUs in half precision it is torch's variable-length flash kernel, elsewhere one call for each sequence.
-    Raises ValueError for models that cap their attention scores: use `train.attention: eager` for these.
+    Uses torch's variable-length flash kernel on GPUs in half precision, one SDPA call per sequence elsewhere.
+    Raises ValueError for models that cap their attention scores; use `train.attention: eager` for those.
     """
     if softcap is not None:
-        raise ValueError("this model caps its attention scores (softcap): set train.attention to eager")
+        raise ValueError("this model caps its attention scores (softcap); set train.attention: eager")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    return _one_by_one(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window), None
+    return _per_sequence(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window), None
 
 
 def _flash(
@@ -63,7 +63,7 @@ def _flash(
     return output.unsqueeze(0)
 
 
-def _one_by_one(
+def _per_sequence(
     query: Tensor, key: Tensor, value: Tensor, boundaries: list[int], scaling: float | None, window: int | None
 ) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
@@ -83,6 +83,6 @@ def _one_by_one(
 
 
 def register() -> None:
-    """Makes `attn_implementation="varlen"` known to transformers; it needs no mask."""
+    """Registers `attn_implementation="varlen"` with transformers. It needs no mask."""
     AttentionInterface.register(VARLEN, varlen_attention)
     AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)

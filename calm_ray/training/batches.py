@@ -1,7 +1,7 @@
-"""From trees to packed batches: which trees a step takes, which worker computes them, and how they lie in memory.
+"""From trees to packed batches: which trees a step takes, which worker computes them, and their memory layout.
 
-A step takes `batch_pairs` trees over all workers. How many workers there are, and how much fits into one forward pass,
-decide only where a tree is computed, never which trees a step takes or how they are weighed.
+A step takes `batch_pairs` trees across all workers. The number of workers and the size of a forward pass affect only
+where a tree is computed, never which trees a step takes or how they are weighted.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from calm_ray.core.seeds import derive_seed, rng_of
 from calm_ray.training.trees import Branch, Tree
 
 IGNORED = -100
-"""Label of positions that are not scored."""
+"""Label of unscored positions."""
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Branches end to end without padding, each behind its prompt, in one row. T tokens, N branches, tree by tree.
+    """N branches in tree order, each after its prompt, concatenated into one row of T tokens without padding.
 
     `labels` are shifted: position t holds the token that position t predicts, or IGNORED.
     """
@@ -31,16 +31,16 @@ class PackedBatch:
     input_ids: Tensor
     """[1, T]"""
     position_ids: Tensor
-    """[1, T], from 0 in each branch's sequence."""
+    """[1, T], from 0 in each sequence."""
     labels: Tensor
     """[1, T]"""
     sequence_ids: Tensor
-    """[T], which sequence a token belongs to."""
+    """[T], the sequence of each token."""
     boundaries: Tensor
-    """[N + 1], int32, where each sequence begins, and T."""
+    """[N + 1], int32, the start of each sequence, then T."""
     longest: int
     completion_lengths: Tensor
-    """[N], float, tokens that are scored."""
+    """[N], float, number of scored tokens."""
 
     def to(self, device: torch.device) -> PackedBatch:
         tensors = {name: value for name, value in self.__dict__.items() if isinstance(value, Tensor)}
@@ -49,7 +49,7 @@ class PackedBatch:
 
 
 def pack(trees: Sequence[Tree]) -> PackedBatch:
-    """Lays the trees' branches end to end, each behind a prompt of its own."""
+    """Concatenates the trees' branches, each after its own copy of the prompt."""
     tokens: list[int] = []
     positions: list[int] = []
     labels: list[int] = []
@@ -76,19 +76,19 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
 
 
 def _labels(branch: Branch) -> list[int]:
-    """A branch's tokens, or IGNORED where they are not scored."""
+    """The branch's tokens, IGNORED where unscored."""
     if branch.scored is None:
         return branch.tokens
     return [token if scored else IGNORED for token, scored in zip(branch.tokens, branch.scored, strict=True)]
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of `count` examples in an epoch, the same on every worker."""
+    """Order of `count` examples in an epoch, the same on every worker."""
     return rng_of(seed, "epoch", epoch).sample(range(count), count)
 
 
 def assign(sizes: Sequence[int], workers: int) -> list[list[int]]:
-    """Shares items out so that the workers have about equally many tokens: the largest first, to whoever has least."""
+    """Balances items over workers by tokens: largest first, each to the least loaded worker."""
     shares: list[list[int]] = [[] for _ in range(workers)]
     load = [0] * workers
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -99,7 +99,7 @@ def assign(sizes: Sequence[int], workers: int) -> list[list[int]]:
 
 
 def split_into_packs(items: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Groups items so that each group has at most `limit` tokens, or is one larger item."""
+    """Groups items into packs of at most `limit` tokens; a larger item gets a pack to itself."""
     packs: list[list[int]] = []
     room = 0
     for item in items:
@@ -112,15 +112,15 @@ def split_into_packs(items: Sequence[int], sizes: Sequence[int], limit: int) -> 
 
 
 def worker_packs(sizes: Sequence[int], worker: int, workers: int, limit: int) -> list[list[int]]:
-    """The packs that one worker computes of a step's items; equally many for every worker.
+    """One worker's packs in a step; the same number for every worker.
 
-    Sharded workers must make the same number of forward passes. An empty pack means: compute anything, weigh it 0.
+    Sharded workers must make the same number of forward passes. For an empty pack, compute anything and weight it 0.
     """
     plans = [split_into_packs(share, sizes, limit) for share in assign(sizes, workers)]
     most = max(len(plan) for plan in plans)
     return plans[worker] + [[]] * (most - len(plans[worker]))
 
 
-def is_validation(question_id: str, share: float, seed: int) -> bool:
-    """Whether a question's pairs are kept out of training; decided by question, so that no language leaks."""
-    return derive_seed(seed, "validation", question_id) / 2**31 < share
+def is_validation(question_id: str, fraction: float, seed: int) -> bool:
+    """Whether a question is held out for validation, in all languages at once so that none leaks into training."""
+    return derive_seed(seed, "validation", question_id) / 2**31 < fraction

@@ -1,13 +1,13 @@
-"""Checkpoints of training in the stage's storage: safetensors and JSON, read back by any number of workers.
+"""Training checkpoints in the stage's storage: safetensors and JSON, readable by any number of workers.
 
-    checkpoints/00000200/shard-*.safetensors   what is trained and Adam's moments, one file from each worker
-    checkpoints/00000200/state.json            where in the data training is, its metrics so far, and what else it knows
+    checkpoints/00000200/shard-*.safetensors   trainable parameters and Adam's moments, one file per worker
+    checkpoints/00000200/state.json            position in the data, metrics so far, and other trainer state
     checkpoints/00000200/checkpoint.json       step, workers, size and hash of every file; written last
 
-A checkpoint is whole where checkpoint.json is there and the files are those that it names, by their hashes.
+A checkpoint is valid if checkpoint.json exists and lists exactly the files present, with matching hashes.
 
-Files that are being written or read lie in the node's cache meanwhile. A worker that is killed leaves them there; the
-next attempt begins with `newest_whole`, which deletes them on every node that it runs on.
+Files in transit are staged in the node's cache. A killed worker leaves its files there; the next attempt starts with
+`newest_valid`, which deletes them on every node it runs on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from calm_ray.run.policies import cache_folder, node_lock
 from calm_ray.run.storage import Storage
 
 FOLDER = "checkpoints"
-WHOLE_FILE = "checkpoint.json"
+MANIFEST_FILE = "checkpoint.json"
 STATE_FILE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -45,7 +45,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the data training is: all steps so far, and `batches` of them in `epoch`."""
+    """Position in the data: total steps so far, `batches` of them in `epoch`."""
 
     step: int = 0
     epoch: int = 0
@@ -54,7 +54,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint."""
+    """A valid checkpoint."""
 
     storage: Storage
     step: int
@@ -65,17 +65,17 @@ class Checkpoint:
         return dict(self.storage.read_json(f"{_folder(self.step)}/{STATE_FILE}"))
 
     def restore(self, parameters: Parameters, optimizer: torch.optim.Optimizer) -> None:
-        """Gives the parameters and their Adam state the values they had. Every worker must call this."""
+        """Restores the parameters and their Adam state in place. Collective: call on all ranks."""
         for name, steps in self.state["adam_steps"].items():
             parameter = parameters[name]
             moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
-        with self._on_this_node() as folder:
+        with self._local_folder() as folder:
             load_slices(_tensors(parameters, optimizer), storage_reader=HuggingFaceStorageReader(str(folder)))
 
     @contextmanager
-    def _on_this_node(self) -> Iterator[Path]:
-        """The folder of the files: on a disk of all nodes itself, else a copy that all workers of the node share."""
+    def _local_folder(self) -> Iterator[Path]:
+        """The checkpoint's own folder if the storage is a shared disk, else a copy shared by the node's workers."""
         relative = _folder(self.step)
         if self.storage.is_local:
             yield Path(self.storage.path(relative))
@@ -93,15 +93,15 @@ class Checkpoint:
 def save(
     storage: Storage, step: int, parameters: Parameters, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Writes a checkpoint; when it is whole, all but the one before it are deleted. Every worker must call this.
+    """Writes a checkpoint, then deletes all but the previous one. Collective: call on all ranks.
 
-    `state` is the first worker's; it must be JSON. Raises StorageError where the storage does not take the files.
+    `state` must be JSON; only rank 0's is used. Raises StorageError if the files cannot be written.
     """
     is_first = dist.get_rank() == 0
     if is_first:
-        storage.delete(_folder(step))  # what is there was not whole
+        storage.delete(_folder(step))  # left by an incomplete save
     with scratch_folder(storage) as folder:
-        # Nobody gets past this call before the first worker is in it.
+        # Also a barrier: no rank uploads before rank 0 has deleted the old folder.
         save_slices(
             _tensors(parameters, optimizer),
             storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
@@ -115,14 +115,14 @@ def save(
     dist.all_gather_object(files, written)
     if is_first:
         record = {"step": step, "workers": len(files), "files": {k: v for part in files for k, v in part.items()}}
-        storage.write_json(f"{_folder(step)}/{WHOLE_FILE}", record)
+        storage.write_json(f"{_folder(step)}/{MANIFEST_FILE}", record)
         _delete_old(storage, step)
 
 
-def newest_whole(storage: Storage) -> Checkpoint | None:
-    """The newest checkpoint that is whole, None where there is none. Every worker must call this before it saves.
+def newest_valid(storage: Storage) -> Checkpoint | None:
+    """The newest valid checkpoint, if any. Collective: call on all ranks, before the first save.
 
-    Each worker reads its share of the files to check their hashes.
+    Each worker checks the hashes of its share of the files.
     """
     for left in (cache_folder() / FOLDER).glob(f"{_prefix(storage)}*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -131,22 +131,22 @@ def newest_whole(storage: Storage) -> Checkpoint | None:
     dist.broadcast_object_list(found)
     for step, files in found[0]:
         share = sorted(files)[rank::world]
-        is_whole = all(_is_as_written(storage, f"{_folder(step)}/{name}", files[name]) for name in share)
+        is_intact = all(_is_intact(storage, f"{_folder(step)}/{name}", files[name]) for name in share)
         verdicts = [False] * world
-        dist.all_gather_object(verdicts, is_whole)
+        dist.all_gather_object(verdicts, is_intact)
         if all(verdicts):
             return Checkpoint(storage, step, files)
     return None
 
 
 def newest_step(storage: Storage) -> int | None:
-    """The step of the newest checkpoint by the names of its files alone, which any process may ask for."""
+    """Step of the newest checkpoint with all its files; does not check hashes. Callable from any process."""
     return next((step for step, _ in _complete(storage)), None)
 
 
 @contextmanager
 def scratch_folder(storage: Storage) -> Iterator[Path]:
-    """An empty folder on this node's disk for what is on its way into the storage."""
+    """A temporary folder on this node's disk for files to be uploaded."""
     home = cache_folder() / FOLDER
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=_prefix(storage), dir=home) as scratch:
@@ -154,12 +154,12 @@ def scratch_folder(storage: Storage) -> Iterator[Path]:
 
 
 def delete_all(storage: Storage) -> None:
-    """For when the policy that came of them is published."""
+    """Deletes all checkpoints, once the resulting policy is published."""
     storage.delete(FOLDER)
 
 
 def _tensors(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The parameters and Adam's moments by flat names; a parameter that never had a gradient has no moments."""
+    """Parameters and Adam's moments by flat name. A parameter that never had a gradient has no moments."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         tensors[name] = parameter.detach()
@@ -169,7 +169,7 @@ def _tensors(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def _prefix(storage: Storage) -> str:
-    """What begins the names of this storage's files in the node's cache."""
+    """Prefix of this storage's files in the node's cache."""
     return f"{hashlib.sha256(storage.root.encode()).hexdigest()[:16]}."
 
 
@@ -178,27 +178,27 @@ def _folder(step: int) -> str:
 
 
 def _steps(storage: Storage) -> list[int]:
-    """The steps that there is anything of, the newest first."""
+    """Steps with any files, newest first."""
     return sorted((int(name) for name in storage.names(FOLDER) if name.isdecimal()), reverse=True)
 
 
 def _complete(storage: Storage) -> list[tuple[int, dict[str, Entry]]]:
-    """Steps and files of the checkpoints that have all the files they name, and no other; the newest first."""
+    """Steps and files of the checkpoints that have exactly the files they list, newest first."""
     found = []
     for step in _steps(storage):
         present = set(storage.files(_folder(step)))
-        if WHOLE_FILE not in present:
+        if MANIFEST_FILE not in present:
             continue
         try:
-            files = storage.read_json(f"{_folder(step)}/{WHOLE_FILE}")["files"]
-        except (ValueError, LookupError, TypeError):  # torn
+            files = storage.read_json(f"{_folder(step)}/{MANIFEST_FILE}")["files"]
+        except (ValueError, LookupError, TypeError):  # corrupt
             continue
-        if present == {*files, WHOLE_FILE}:
+        if present == {*files, MANIFEST_FILE}:
             found.append((step, files))
     return found
 
 
-def _is_as_written(storage: Storage, relative: str, entry: Entry) -> bool:
+def _is_intact(storage: Storage, relative: str, entry: Entry) -> bool:
     try:
         return storage.digest(relative) == (entry["bytes"], entry["sha256"])
     except FileNotFoundError:
@@ -211,7 +211,7 @@ def _entry(file: Path) -> Entry:
 
 
 def _delete_old(storage: Storage, newest: int) -> None:
-    """Keeps the newest checkpoint and the one that was complete before it."""
+    """Keeps the newest checkpoint and the last complete one before it."""
     before = [step for step, _ in _complete(storage) if step < newest]
     for step in _steps(storage):
         if step not in (newest, *before[:1]):

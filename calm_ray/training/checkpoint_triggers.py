@@ -1,4 +1,4 @@
-"""When a checkpoint is written beside those after so many steps: at notices that a machine goes, and by the clock."""
+"""When to checkpoint besides every `train.checkpoint_steps`: on preemption notices and on a timer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 PreemptedNodes = Callable[[], Set[str]]
-"""The machines that will be taken away. Every worker asks after every step, and all get the same answer."""
+"""Returns the nodes about to be preempted. Called on every worker after every step; must agree on all of them."""
 
 
-def none_preempted() -> Set[str]:
+def no_preemptions() -> Set[str]:
     return frozenset()
 
 
@@ -23,7 +23,7 @@ class PreemptionNotices:
         self._known: Set[str] = frozenset()
 
     def is_new(self) -> bool:
-        """Whether there is a machine that was not about to be preempted when this was last asked."""
+        """Whether any node has received a preemption notice since the last call."""
         now = self._preempted()
         is_new = not now <= self._known
         self._known = now
@@ -31,7 +31,7 @@ class PreemptionNotices:
 
 
 class Timer:
-    """Tells when so many seconds have passed, by the first worker's clock: all must write a checkpoint together."""
+    """Due once `seconds` have elapsed on rank 0's clock, since all ranks must checkpoint together."""
 
     def __init__(self, seconds: float, device: torch.device) -> None:
         self._seconds, self._device = seconds, device
@@ -41,7 +41,7 @@ class Timer:
         self._started = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether the time since the start is over. Every worker must ask; nobody is asked where it is endless."""
+        """Whether `seconds` have elapsed since the start. Collective: call on all ranks."""
         if self._seconds == math.inf:
             return False
         is_due = torch.tensor(int(time.monotonic() - self._started > self._seconds), device=self._device)

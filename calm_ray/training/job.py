@@ -1,4 +1,4 @@
-"""One round's training, as every worker gets it."""
+"""One round's training, as sent to every worker."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class TrainJob:
     output: Stage
     model: RunModel
     start: Policy
-    """What the round starts from."""
+    """The policy the round starts from."""
     reference: Policy
     train: Train
     objective: Objective
     seed: int
     round_number: int
     checkpoint_seconds: float = math.inf
-    """The longest time between two checkpoints, but for one step."""
+    """Longest time between two checkpoints, plus at most one step."""
 
     @property
     def kind(self) -> Literal["adapter", "weights"]:
-        """What training writes."""
+        """Kind of policy that training writes."""
         return "adapter" if self.train.lora is not None else "weights"

@@ -1,4 +1,4 @@
-"""The training loop: one function, run by every Ray Train worker, on a laptop's cores and on A100 nodes alike."""
+"""The training loop: one function that runs on every Ray Train worker, from laptop cores to A100 nodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from calm_ray.run.policies import Policy, publish
 from calm_ray.training import checkpoint
 from calm_ray.training.batches import epoch_order, is_validation, pack, worker_packs
 from calm_ray.training.checkpoint import Position
-from calm_ray.training.checkpoint_triggers import PreemptedNodes, PreemptionNotices, Timer, none_preempted
+from calm_ray.training.checkpoint_triggers import PreemptedNodes, PreemptionNotices, Timer, no_preemptions
 from calm_ray.training.job import TrainJob
 from calm_ray.training.model import PolicyModel
 from calm_ray.training.objectives import Measured
@@ -27,19 +27,19 @@ from calm_ray.training.schedule import learning_rate_factor
 from calm_ray.training.trees import Tree, read_trees
 
 TRAINING, VALIDATION = "train", "validation"
-"""What the names of metrics begin with."""
+"""Prefixes of metric names."""
 Report = Callable[[dict[str, Any]], None]
-"""Takes a step's metrics; called on the first worker only."""
+"""Receives rows of metrics and events; called on rank 0 only."""
 
 
 def train_policy(
-    job: TrainJob, device: torch.device, report: Report, preempted: PreemptedNodes = none_preempted
+    job: TrainJob, device: torch.device, report: Report, preempted: PreemptedNodes = no_preemptions
 ) -> Policy:
     """Trains one round and writes its reference log-probabilities, metrics and policy. Collective: call on all ranks.
 
-    Resumes from the newest whole checkpoint that an earlier attempt left, with any number of workers; writes one every
-    `train.checkpoint_steps` steps, after each epoch, when another node is about to be preempted, and when there was
-    none for more than `job.checkpoint_seconds`.
+    Resumes from the newest valid checkpoint of an earlier attempt, with any number of workers. Writes one every
+    `train.checkpoint_steps` steps, after each epoch, when another node is about to be preempted, and
+    `job.checkpoint_seconds` after the last one.
     """
     training, validation, too_long = read_examples(job)
     policy_model = PolicyModel(job.model.local_folder(), job.train, device)
@@ -50,36 +50,36 @@ def train_policy(
     with checkpoint.scratch_folder(job.output.storage) as scratch:
         folder = scratch / "policy"
         policy_model.save(folder)
-        found: list[Policy | None] = [None]
+        published: list[Policy | None] = [None]
         if dist.get_rank() == 0:
-            found = [publish(folder, job.output.storage, "policy", job.round_number, job.kind)]
+            published = [publish(folder, job.output.storage, "policy", job.round_number, job.kind)]
             job.output.storage.write_json("metrics.json", trainer.metrics)
-        dist.broadcast_object_list(found)
-    assert found[0] is not None
-    return found[0]
+        dist.broadcast_object_list(published)
+    assert published[0] is not None
+    return published[0]
 
 
 def read_examples(job: TrainJob) -> tuple[list[Tree], list[Tree], int]:
-    """The training and the validation examples, in the same order on every worker, and how many were too long.
+    """Training and validation examples, in the same order on every worker, and how many were dropped as too long.
 
-    Pairs are left out by their longer side whether or not the objective computes it: baselines train on the same ones.
+    Pairs are dropped by their longer side even if the objective ignores it, so that baselines train on the same pairs.
     """
     trees = read_trees(job.examples)
     fitting = [tree for tree in trees if tree.longest <= job.train.max_pair_tokens]
     parts: tuple[list[Tree], list[Tree]] = ([], [])
     for tree in fitting:
         kept = tree.first(job.objective.sides)
-        parts[is_validation(tree.question_id, job.train.validation_share, job.seed)].append(kept)
-    # Too few questions to spare any, or all of them drawn: train on what there is.
+        parts[is_validation(tree.question_id, job.train.validation_fraction, job.seed)].append(kept)
+    # If every question was drawn for validation, train on those.
     training, validation = parts if parts[0] else (parts[1], [])
     return training, validation, len(trees) - len(fitting)
 
 
 class Trainer:
-    """The state of one round's training on one worker."""
+    """One worker's state in one round of training."""
 
     def __init__(
-        self, job: TrainJob, policy_model: PolicyModel, report: Report, preempted: PreemptedNodes = none_preempted
+        self, job: TrainJob, policy_model: PolicyModel, report: Report, preempted: PreemptedNodes = no_preemptions
     ) -> None:
         self.job = job
         self.policy_model = policy_model
@@ -93,48 +93,48 @@ class Trainer:
         self._saved_step = 0
 
     def packs(self, examples: Sequence[Tree]) -> list[list[Tree]]:
-        """This worker's packs of some examples; the same number on every worker."""
+        """This worker's packs of `examples`; the same number on every worker."""
         sizes = [example.tokens for example in examples]
         packs = worker_packs(sizes, self.rank, self.world, self.job.train.pack_tokens)
         return [[examples[i] for i in pack] for pack in packs]
 
     def fit(self, training: list[Tree], validation: list[Tree], too_long: int) -> None:
-        """Trains from the newest whole checkpoint, or from the start, to the end."""
+        """Trains to the end, from the newest valid checkpoint if there is one."""
         train = self.job.train
         optimizer = torch.optim.AdamW(
             self.policy_model.trainable(), lr=train.learning_rate, weight_decay=train.weight_decay
         )
         batches = -(-len(training) // train.batch_pairs)
         steps = batches * train.epochs
-        start = self.go_on(optimizer, len(training))
+        start = self.resume(optimizer, len(training))
         if start is None:
             start = Position()
             self.note(steps=steps, pairs=len(training), validation_pairs=len(validation), too_long_pairs=too_long)
-            self.note_watch("reference", step=0)
+            self.record_watch("reference", step=0)
         step = start.step
         for epoch in range(start.epoch, train.epochs):
             order = epoch_order(len(training), self.job.seed, epoch)
             for batch in range(start.batches if epoch == start.epoch else 0, batches):
                 first = batch * train.batch_pairs
                 trees = [training[i] for i in order[first : first + train.batch_pairs]]
-                factor = learning_rate_factor(step, steps, train.warmup_share, train.schedule)
+                factor = learning_rate_factor(step, steps, train.warmup_ratio, train.schedule)
                 measured = self.step(optimizer, trees, train.learning_rate * factor)
                 step += 1
                 self.note(step=step, epoch=epoch, **measured)
-                is_noticed, is_due = self.notices.is_new(), self.timer.is_due()
-                if is_noticed or is_due or step % train.checkpoint_steps == 0:
+                is_preempted, is_due = self.notices.is_new(), self.timer.is_due()
+                if is_preempted or is_due or step % train.checkpoint_steps == 0:
                     self.save(optimizer, Position(step, epoch, batch + 1), len(training))
-                if is_noticed:
-                    self.tell(noticed=step)
-            self.note_watch(TRAINING, step=step, epoch=epoch)
+                if is_preempted:
+                    self.report_event(noticed=step)
+            self.record_watch(TRAINING, step=step, epoch=epoch)
             if validation:
                 self.note(step=step, epoch=epoch, **self.metrics_of(self.evaluate(validation), VALIDATION))
-                self.note_watch(VALIDATION, step=step, epoch=epoch)
+                self.record_watch(VALIDATION, step=step, epoch=epoch)
             if self._saved_step != step:
                 self.save(optimizer, Position(step, epoch + 1), len(training))
 
     def step(self, optimizer: torch.optim.Optimizer, trees: list[Tree], learning_rate: float) -> dict[str, float]:
-        """One step of the optimiser; returns its metrics."""
+        """Takes one optimizer step and returns its metrics."""
         started = time.monotonic()
         (group,) = optimizer.param_groups
         group["lr"] = learning_rate
@@ -149,7 +149,6 @@ class Trainer:
         }  # fmt: skip
 
     def save(self, optimizer: torch.optim.Optimizer, position: Position, examples: int) -> None:
-        """Writes a checkpoint."""
         parameters = self.policy_model.named_trainable()
         state = {
             "position": asdict(position),
@@ -162,12 +161,12 @@ class Trainer:
         self._saved_step = position.step
         self.timer.start()
 
-    def go_on(self, optimizer: torch.optim.Optimizer, examples: int) -> Position | None:
-        """Takes up the newest whole checkpoint, if there is one of these examples and this seed.
+    def resume(self, optimizer: torch.optim.Optimizer, examples: int) -> Position | None:
+        """Restores the newest valid checkpoint if its seed and number of examples match; returns its position.
 
-        The first worker reports all metrics so far, and then the step that training goes on from (`resumed`).
+        Rank 0 reports all metrics so far, then the step that training resumes from (`resumed`).
         """
-        found = checkpoint.newest_whole(self.job.output.storage)
+        found = checkpoint.newest_valid(self.job.output.storage)
         if found is None or (found.state["seed"], found.state["examples"]) != (self.job.seed, examples):
             return None
         found.restore(self.policy_model.named_trainable(), optimizer)
@@ -177,42 +176,42 @@ class Trainer:
             self.metrics = found.state["metrics"]
             for line in self.metrics:
                 self.report(line)
-        self.tell(resumed=found.step)
+        self.report_event(resumed=found.step)
         return Position(**found.state["position"])
 
-    def tell(self, **row: Any) -> None:
-        """Reports what happened; unlike metrics it is not kept."""
+    def report_event(self, **row: Any) -> None:
+        """Reports an event on rank 0. Unlike metrics, events are not stored."""
         if self.rank == 0:
             self.report({"round": self.job.round_number, **row})
 
     def note(self, **row: Any) -> None:
-        """Keeps a line of metrics; the first worker reports it."""
+        """Stores and reports a row of metrics on rank 0."""
         if self.rank == 0:
             line = {"round": self.job.round_number, **row}
             self.metrics.append(line)
             self.report(line)
 
-    def note_watch(self, scope: str, **row: Any) -> None:
-        """Keeps what the objective's watch has seen since this was last noted."""
+    def record_watch(self, scope: str, **row: Any) -> None:
+        """Notes what the objective's watch has seen since the last call."""
         if seen := self.watch.note():
             self.note(**row, **{f"{scope}/{name}": value for name, value in seen.items()})
 
     def metrics_of(self, sums: Tensor, scope: str) -> dict[str, float]:
-        """The objective's metrics of a batch from its sums over all workers."""
+        """The objective's metrics for a batch, from its sums over all workers."""
         objective = self.job.objective
         found = objective.metrics(dict(zip(objective.sums, sums.tolist(), strict=True)))
         return {f"{scope}/{name}": value for name, value in found.items()}
 
     def forward_backward(self, batch: Sequence[Tree]) -> Tensor:
-        """Adds the gradient of the batch's mean loss; returns its sums over all workers (`Objective.sums`)."""
+        """Backpropagates the batch's mean loss; returns its sums over all workers (`Objective.sums`)."""
         objective = self.job.objective
         total = torch.zeros(len(objective.sums), device=self.policy_model.device)
-        whole = sum(objective.weight(tree) for tree in batch)
+        total_weight = sum(objective.weight(tree) for tree in batch)
         for trees in self.packs(batch):
             losses, sums = self.losses(trees or [batch[0]])
             counts = 1.0 if trees else 0.0
-            # FSDP averages gradients over the workers; the batch's mean is over its trees, wherever they were computed.
-            (losses.sum() * counts * self.world / whole).backward()
+            # FSDP averages gradients over workers, but the batch mean is over trees, wherever they are computed.
+            (losses.sum() * counts * self.world / total_weight).backward()
             total += sums * counts
         dist.all_reduce(total)
         return total
@@ -227,7 +226,7 @@ class Trainer:
         return total
 
     def losses(self, trees: Sequence[Tree]) -> tuple[Tensor, Tensor]:
-        """Each tree's loss, [B], and the sums of its metrics."""
+        """Loss of each tree, [B], and the sums for their metrics."""
         objective, device = self.job.objective, self.policy_model.device
         batch = pack(trees).to(device)
         ref_logps = None
@@ -239,16 +238,16 @@ class Trainer:
         return objective.losses(measured)
 
     def reference_logps(self, trees: Sequence[Tree]) -> Logps:
-        """The reference's log-probabilities of every tree, known to every worker; none where none are needed."""
+        """Reference log-probabilities of every tree, on every worker; empty if the objective needs none."""
         if not self.job.objective.needs_reference:
             return {}
         logps = reference_once(self.job.output, self.job.reference, trees, self._own_logps)
-        self.watch.see_reference(logps)
+        self.watch.observe_reference(logps)
         return logps
 
     @torch.no_grad()
     def _own_logps(self, portions: Sequence[Portion]) -> Iterator[list[ReferenceLogps]]:
-        """This worker's share of each portion's log-probabilities."""
+        """Computes this worker's share of each portion's log-probabilities."""
         self.policy_model.load(self.job.reference, self.job.seed)
         with self.policy_model.without_adapter() if self.job.reference.kind == "base" else nullcontext():
             for trees in portions:

@@ -1,7 +1,7 @@
-"""The policy being trained: a causal language model, LoRA or all weights, sharded over the workers with FSDP2.
+"""The policy being trained: a causal language model, LoRA or full weights, sharded over the workers with FSDP2.
 
-No process ever holds the whole model: it is built without storage, sharded, and every worker then reads its own slices
-from the safetensors files.
+No process ever holds the whole model: it is built on the meta device and sharded, then every worker reads its own
+slices from the safetensors files.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from calm_ray.training import attention
 from calm_ray.training.batches import PackedBatch
 
 SHARD_BYTES = 4 << 30
-"""Size of one file of saved weights, and so the most that the saving worker holds at a time."""
+"""Size of a saved weights file, and so the most the saving worker holds at a time."""
 
 
 class PolicyModel:
-    """A sharded model that scores packed batches and can be loaded, saved, and (LoRA) stripped of its adapter."""
+    """A sharded model that scores packed batches and can be loaded, saved, and (LoRA) run without its adapter."""
 
     def __init__(self, folder: Path, train: Train, device: torch.device) -> None:
         attention.register()
@@ -65,11 +65,11 @@ class PolicyModel:
         _allocate(self.model, device)
 
     def load(self, policy: Policy, seed: int) -> None:
-        """Takes the weights of a policy. `base` with LoRA is the model with a fresh adapter, drawn from `seed`."""
+        """Loads a policy's weights. With LoRA, `base` is the model with a fresh adapter drawn from `seed`."""
         self._reshard()
         weights = policy.local_folder() if policy.kind == "weights" else self._folder
         if self._lora is None or self._loaded != weights:
-            _load_weights(self._frozen_or_all(), weights)
+            _load_weights(self._base_weights(), weights)
             self._loaded = weights
         if self._lora is None:
             return
@@ -96,7 +96,7 @@ class PolicyModel:
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """The model as it was before any training (LoRA only)."""
+        """Disables the adapter, leaving the untrained model (LoRA only)."""
         context = self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
         with context:
             yield
@@ -105,12 +105,12 @@ class PolicyModel:
         return list(self.named_trainable().values())
 
     def named_trainable(self) -> dict[str, nn.Parameter]:
-        """What is trained, sharded, by the names that the model gives it."""
+        """Trainable parameters, sharded, by their names in the model."""
         self._reshard()
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def save(self, folder: Path) -> None:
-        """Writes the adapter in PEFT's format, or all weights in Hugging Face's. Every worker must call this."""
+        """Writes the adapter in PEFT's format, or all weights in Hugging Face's. Collective: call on all ranks."""
         self._reshard()
         is_writer = dist.get_rank() == 0
         if self._lora is not None:
@@ -125,19 +125,19 @@ class PolicyModel:
         _save_weights(self.model, self._folder, folder, is_writer)
 
     def adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The adapter's parameters by the names that PEFT gives them in files."""
+        """The adapter's parameters, by their names in PEFT's files."""
         return [(name.replace(".default.", "."), p) for name, p in self.model.named_parameters() if ".lora_" in name]
 
     def _reshard(self) -> None:
-        """Puts the sharded parameters back in place: after a forward, FSDP leaves the root's own ones gathered.
+        """Reshards the parameters, since FSDP leaves the root's own ones gathered after a forward pass.
 
-        What is written into gathered parameters is lost, and an optimiser that is given them trains nothing.
+        Writes to gathered parameters are lost, and an optimizer over them trains nothing.
         """
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()
 
-    def _frozen_or_all(self) -> dict[str, Tensor]:
-        """The weights that the model's own files hold, by their names there."""
+    def _base_weights(self) -> dict[str, Tensor]:
+        """The weights stored in the model's own files, by their names there."""
         return {
             name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
             for name, parameter in self.model.named_parameters()
@@ -146,7 +146,7 @@ class PolicyModel:
 
 
 def build_mesh(device_type: str, shards: int | None) -> DeviceMesh:
-    """All workers share one copy of the model; with `shards`, there are workers / shards copies (hybrid sharding)."""
+    """One copy of the model over all workers or, with `shards`, workers / shards copies (hybrid sharding)."""
     world = dist.get_world_size()
     if shards is None or shards == world:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
@@ -154,11 +154,11 @@ def build_mesh(device_type: str, shards: int | None) -> DeviceMesh:
 
 
 def empty_model(folder: Path, train: Train, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder without storage for its weights; buffers, which are computed, are there."""
+    """The model in `folder` with its weights on the meta device; its buffers, which are computed, are real."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=train.attention)
-    model.tie_weights()  # building without storage unties what the configuration ties
+    model.tie_weights()  # building on the meta device unties tied weights
     if train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -166,11 +166,11 @@ def empty_model(folder: Path, train: Train, dtype: torch.dtype) -> PreTrainedMod
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that are sharded one by one; InputError where the model does not say what they are."""
+    """The layers to shard one by one. Raises InputError if the model does not declare them."""
     kinds = set(model._no_split_modules or [])
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
     if not layers:
-        raise InputError(f"model: {type(model).__name__} does not say what its layers are, so it cannot be sharded")
+        raise InputError(f"model: {type(model).__name__} does not declare its layers, so it cannot be sharded")
     return layers
 
 
@@ -187,7 +187,7 @@ def lora_config(lora: Lora, folder: Path) -> LoraConfig:
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Gives the sharded parameters storage on the device; buffers, which are computed, keep their values."""
+    """Allocates the sharded parameters on `device`; the buffers keep their computed values."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():
@@ -195,21 +195,21 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def _load_weights(state: dict[str, Tensor], folder: Path) -> None:
-    """Reads this worker's slices of the weights from the safetensors files of a folder."""
+    """Reads this worker's slices of the weights from the safetensors files in `folder`."""
     require_weights(state.keys(), folder)
     load_slices(dict(state), storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def require_weights(names: Set[str], folder: Path) -> None:
-    """Raises InputError unless a folder's safetensors files hold weights of these names."""
+    """Raises InputError unless the safetensors files in `folder` hold all weights of these names."""
     present: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             present.update(tensors.keys())
     if missing := sorted(names - present):
         raise InputError(
-            f"model: the safetensors files in {folder} lack {len(missing)} weights, {missing[0]} for one; where they "
-            "only have other names, load the model with transformers and save it again"
+            f"model: the safetensors files in {folder} lack {len(missing)} weights, e.g. {missing[0]}; if only their "
+            "names differ, load the model with transformers and save it again"
         )
 
 
@@ -219,7 +219,7 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def fresh_lora(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """PEFT's initial LoRA weights (A uniform, B zero), the same however many workers share them."""
+    """PEFT's initial LoRA weights (A uniform, B zero), the same for any number of workers."""
     full = torch.zeros(shape)
     if ".lora_A." in name:
         generator = torch.Generator().manual_seed(derive_seed(seed, name))
@@ -240,14 +240,14 @@ def _gather(parameter: Tensor) -> Tensor:
 
 
 def _sort_targets(file: Path) -> None:
-    """PEFT writes a set in whatever order it has; the same adapter shall have the same hash in every process."""
+    """Sorts the target modules, which PEFT writes in set order, so that identical adapters have identical hashes."""
     config = json.loads(file.read_text("utf-8"))
     config["target_modules"] = sorted(config["target_modules"])
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _save_weights(model: nn.Module, source: Path, folder: Path, is_writer: bool) -> None:
-    """Full weights, gathered and written a file at a time, beside the model's own configuration and tokenizer."""
+    """Gathers and writes the full weights file by file, alongside the source model's config and tokenizer."""
     if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
@@ -282,7 +282,7 @@ def _save_weights(model: nn.Module, source: Path, folder: Path, is_writer: bool)
 
 
 def _is_half(folder: Path) -> bool:
-    """Whether the model's files hold half-precision weights, so that what is trained from them is written alike."""
+    """Whether the model's files are in half precision, and trained weights should be too."""
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             name = next(iter(tensors.keys()))

@@ -1,6 +1,6 @@
-"""The objectives: each declares its sides, whether it needs a reference, its loss and its metrics.
+"""Training objectives: each declares its sides, whether it needs a reference, its loss and its metrics.
 
-The trainer knows `Objective` alone. Nothing here needs torch until a loss is computed, so that a plan can ask.
+The trainer only knows `Objective`. Nothing here imports torch until a loss is computed, so that planning can use it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """Some trees under the policy being trained: N branches, tree by tree, and C comparisons between them."""
+    """Trees scored by the policy being trained: N branches, in tree order, and C comparisons between them."""
 
     trees: Sequence[Tree]
     logps: Tensor
     """[N], summed over a branch's scored tokens, in nats."""
     lengths: Tensor
-    """[N], float, how many tokens are scored."""
+    """[N], float, number of scored tokens."""
     ref_logps: Tensor | None
-    """[N], the same as `logps` under the reference; None where the objective needs none."""
+    """[N], `logps` under the reference; None if the objective needs none."""
 
     def sides(self) -> tuple[Tensor, Tensor]:
-        """([C], [C]), int, the places in `logps` of each comparison's chosen and rejected branch."""
+        """([C], [C]), int: indices into `logps` of each comparison's chosen and rejected branch."""
         import torch
 
         chosen, rejected, first = [], [], 0
@@ -41,7 +41,7 @@ class Measured:
         return torch.tensor(chosen, device=device), torch.tensor(rejected, device=device)
 
     def targets(self) -> Tensor:
-        """[C], what each comparison is fitted to."""
+        """[C], target of each comparison."""
         import torch
 
         found = [comparison.target for tree in self.trees for comparison in tree.comparisons]
@@ -49,64 +49,64 @@ class Measured:
 
 
 class Watch:
-    """What an objective follows over steps, beside its metrics. This one follows nothing.
+    """What an objective tracks across steps, besides its metrics. This one tracks nothing.
 
-    `note`, `state` are collective: call them on all ranks.
+    `note` and `state` are collective: call them on all ranks.
     """
 
-    def see_reference(self, logps: Mapping[Key, Sequence[float]]) -> None:
-        """The reference's log-probabilities of every tree's branches, before training."""
+    def observe_reference(self, logps: Mapping[Key, Sequence[float]]) -> None:
+        """Called before training with the reference log-probabilities of every tree's branches."""
 
     def see(self, measured: Measured) -> None:
-        """A forward pass on this rank."""
+        """Called after every forward pass on this rank."""
 
     def note(self) -> dict[str, float]:
-        """Metrics of what was seen on all ranks since this was last asked."""
+        """Metrics over all ranks since the last call."""
         return {}
 
     def state(self) -> Any:
-        """What a checkpoint must hold, as JSON."""
+        """JSON state to store in a checkpoint."""
         return None
 
     def restore(self, state: Any) -> None:
-        """Resumes from `state`."""
+        """Restores `state` from a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """What training minimises. Picklable: every worker gets it."""
+    """What training minimizes. Picklable, since every worker gets a copy."""
 
     sides: ClassVar[int]
-    """Branches of a row that are computed: 2 for pairs, 1 for supervised targets."""
+    """Branches computed per row: 2 for pairs, 1 for supervised targets."""
     needs_reference: ClassVar[bool]
     keys: ClassVar[tuple[str, ...]] = ()
-    """Configuration keys that change it, beside the section `train`."""
+    """Configuration keys that affect it, besides the `train` section."""
     sums: ClassVar[tuple[str, ...]]
-    """What is summed over a batch, for `metrics`."""
+    """Names of the sums over a batch that `metrics` takes."""
 
     @abstractmethod
     def losses(self, measured: Measured) -> tuple[Tensor, Tensor]:
-        """([B], [len(sums)]): the losses of the trees, and the sums of their metrics, detached."""
+        """([B], [len(sums)]): loss of each tree, and the sums for `metrics`, detached."""
 
     def weight(self, tree: Tree) -> float:
-        """What a tree counts in its batch: the batch's loss is the sum of its losses by the sum of its weights."""
+        """Weight of a tree: the batch loss is the sum of losses divided by the sum of weights."""
         return 1.0
 
     @abstractmethod
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of a batch from its sums over all workers; log-probabilities in nats."""
+        """Metrics of a batch, from its sums over all workers; log-probabilities in nats."""
 
     def watch(self) -> Watch:
         return Watch()
 
     def for_trl(self) -> dict[str, Any] | None:
-        """The arguments by which TRL's DPOTrainer trains the same (`train.engine: trl`); None where it cannot."""
+        """DPOConfig arguments for the same objective in TRL (`train.engine: trl`); None if it has no equivalent."""
         return None
 
 
 @dataclass(frozen=True)
 class DPO(Objective):
-    """-log sigmoid(beta margin) (CALM, section 2.3), with a weighted `sft` term of the chosen side."""
+    """-log sigmoid(beta margin) (CALM, section 2.3), plus a weighted `sft` term on the chosen side."""
 
     beta: float
     sft_weight: float = 0.0
@@ -142,7 +142,7 @@ class DPO(Objective):
         }
 
     def for_trl(self) -> dict[str, Any] | None:
-        if type(self) is not DPO:  # the loss of a subclass is its own
+        if type(self) is not DPO:  # subclasses have other losses
             return None
         sft = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, self.sft_weight]} if self.sft_weight else {}
         return {"beta": self.beta, **sft}
@@ -150,10 +150,10 @@ class DPO(Objective):
 
 @dataclass(frozen=True)
 class SFT(Objective):
-    """Negative log-likelihood of the scored tokens: of a pair its chosen side, of a dialogue the assistant's turns."""
+    """Negative log-likelihood of the scored tokens: a pair's chosen side, or a dialogue's assistant turns."""
 
     mean: Literal["row", "token"] = "row"
-    """Over each row's tokens, then over rows; or over all tokens of a batch, as TRL's SFTTrainer has it."""
+    """`row`: over each row's tokens, then over rows. `token`: over all tokens of a batch, as in TRL's SFTTrainer."""
 
     sides = 1
     needs_reference = False

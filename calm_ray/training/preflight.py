@@ -1,4 +1,4 @@
-"""What would stop training, found before anything is sampled."""
+"""Catches training errors before anything is sampled."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from calm_ray.training.model import decoder_layers, empty_model, lora_config, re
 
 
 def check_training(folder: Path, train: Train) -> None:
-    """Raises InputError where the model in a folder cannot be trained as the recipe says.
+    """Raises InputError if the model in `folder` cannot be trained as the recipe asks.
 
-    Builds the model without storage, and looks for its weights where the folder has them (models of the hub are
-    fetched later, by the nodes that need them).
+    Builds the model on the meta device. Checks its weights only if the folder has them: Hub models are downloaded
+    later, by the nodes that need them.
     """
     attention.register()
     try:
@@ -29,7 +29,7 @@ def check_training(folder: Path, train: Train) -> None:
         if train.lora is not None:
             get_peft_model(model, lora_config(train.lora, folder))
     except (ValueError, ImportError) as error:
-        raise InputError(f"train: the model in {folder} cannot be trained as the recipe says: {error}") from None
+        raise InputError(f"train: cannot train the model in {folder} with this recipe: {error}") from None
     if train.engine == "trl":
         _check_trl(train)
 

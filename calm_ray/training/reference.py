@@ -1,9 +1,9 @@
-"""The reference's log-probabilities of the trees: computed once in a round, and read where training resumes.
+"""Reference log-probabilities of the trees: computed once per round, reused when training resumes.
 
-    reference/*.parquet   parts of them, written as they are computed and deleted when all are there
+    reference/*.parquet   parts, written as they are computed and deleted once all are done
     reference.parquet     all of them
 
-A part names its trees, so it does not matter how many workers made it.
+A part names its trees, so the number of workers that wrote it does not matter.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from calm_ray.run.stage import Stage
 from calm_ray.training.trees import Key, Tree
 
 REFERENCE = "reference"
-"""The chunk of the stage that holds them, and the folder of its parts."""
+"""Chunk of the stage, and the folder for its parts."""
 PART_TREES = 1024
-"""Trees of each worker in a part: what is computed again where a worker is lost."""
+"""Trees per worker in a part: at most this many are recomputed when a worker is lost."""
 
 Portion = Sequence[Tree]
 Logps = dict[Key, list[float]]
-"""The summed log-probabilities of each tree's branches, in nats."""
+"""Summed log-probabilities of each tree's branches, in nats."""
 
 
 def reference_once(
@@ -35,13 +35,13 @@ def reference_once(
     trees: Sequence[Tree],
     compute: Callable[[Sequence[Portion]], Iterable[list[ReferenceLogps]]],
 ) -> Logps:
-    """The log-probabilities of all trees, known to every worker: read from the stage, or computed and written there.
+    """Log-probabilities of all trees, on every worker: read from the stage, or computed and written to it.
 
-    `compute` gives each worker's share of one portion after the other. They are kept as they come: an attempt with any
-    number of workers computes what the one before it did not.
+    `compute` yields this worker's share of each portion in turn. Portions are saved as they arrive, so a later attempt,
+    with any number of workers, computes only the missing ones. Collective: call on all ranks.
     """
     is_first = dist.get_rank() == 0
-    found = [_kept(stage, reference) if is_first else {}]
+    found = [_stored(stage, reference) if is_first else {}]
     dist.broadcast_object_list(found)
     (known,) = found
     missing = [tree for tree in trees if tree.key not in known]
@@ -64,7 +64,7 @@ def reference_once(
 
 
 def rows_of_batch(trees: Sequence[Tree], logps: Tensor, reference: Policy) -> list[ReferenceLogps]:
-    """The rows of a batch, whose log-probabilities [N] are those of its branches, tree by tree."""
+    """One row per tree; `logps` [N] are those of their branches, in tree order."""
     sums = iter(logps.tolist())
     return [_row(tree, [next(sums) for _ in tree.branches], reference) for tree in trees]
 
@@ -75,15 +75,15 @@ def _row(tree: Tree, logps: list[float], reference: Policy) -> ReferenceLogps:
     )
 
 
-def _kept(stage: Stage, reference: Policy) -> Logps:
-    """What the stage has of this reference; without files that are not as they were written."""
+def _stored(stage: Stage, reference: Policy) -> Logps:
+    """What the stage holds for this reference, skipping corrupt files."""
     tables = []
     if REFERENCE in stage.chunks() and f"{REFERENCE}.parquet" not in stage.flawed():
         tables.append(stage.read_chunk(REFERENCE))
     for name in stage.storage.files(REFERENCE):
         try:
             tables.append(stage.storage.read_table(f"{REFERENCE}/{name}"))
-        except (OSError, ValueError):  # torn
+        except (OSError, ValueError):  # corrupt
             continue
     return _by_key([row for one in tables for row in rows_of(one) if row["reference"] == reference.name])
 

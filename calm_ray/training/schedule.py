@@ -1,13 +1,13 @@
-"""The learning rate's schedule."""
+"""Learning rate schedule."""
 
 from __future__ import annotations
 
 import torch
 
 
-def learning_rate_factor(step: int, steps: int, warmup_share: float, schedule: str = "cosine") -> float:
-    """Factor of the learning rate at a step (from 0): rises linearly, then falls to 0, straight or as half a cosine."""
-    warmup = round(steps * warmup_share)
+def learning_rate_factor(step: int, steps: int, warmup_ratio: float, schedule: str = "cosine") -> float:
+    """Learning rate factor at `step` (from 0): linear warmup, then linear or cosine decay to 0."""
+    warmup = round(steps * warmup_ratio)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)

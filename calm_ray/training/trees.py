@@ -1,7 +1,7 @@
-"""Training rows as trees of tokens: a prompt, and branches behind it, each with a mask of the tokens that are scored.
+"""Training rows as trees of tokens: a prompt and its branches, each with a mask of scored tokens.
 
-A pair is two branches of one prompt that are compared; a supervised target is one branch; a dialogue is one branch with
-several scored stretches.
+A pair is two compared branches of one prompt; a supervised target is one branch; a dialogue is one branch with several
+scored spans.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Branch:
 
     tokens: list[int]
     scored: list[bool] | None = None
-    """Which of the tokens are scored; None for all of them."""
+    """Mask of the scored tokens; None scores all of them."""
 
     @property
     def scored_tokens(self) -> int:
@@ -32,12 +32,12 @@ class Branch:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two branches of a tree, by index, of which an objective takes the difference."""
+    """Two branches of a tree, by index, whose margin an objective uses."""
 
     chosen: int
     rejected: int
     target: float | None = None
-    """What beta times the margin is fitted to, in nats (DCO)."""
+    """Target of beta times the margin, in nats (DCO)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Tree:
     question_id: str
     language: str
     number: int
-    """Numbers the rows of a question in a language."""
+    """Index among the rows of the same question and language."""
     prompt: list[int]
     branches: tuple[Branch, ...]
     comparisons: tuple[Comparison, ...] = ()
@@ -58,19 +58,19 @@ class Tree:
 
     @property
     def tokens(self) -> int:
-        """Of all branches, each behind a prompt of its own."""
+        """Total over all branches, each with its own copy of the prompt."""
         return sum(len(self.prompt) + len(branch.tokens) for branch in self.branches)
 
     @property
     def longest(self) -> int:
-        """Tokens of the prompt and the longest branch."""
+        """Tokens of the prompt plus the longest branch."""
         return len(self.prompt) + max(len(branch.tokens) for branch in self.branches)
 
     def first(self, branches: int) -> Tree:
-        """With its first branches alone: of a pair, 1 is the chosen side. Raises CalmRayError where it has fewer."""
+        """Keeps only the first `branches`; 1 keeps a pair's chosen side. Raises CalmRayError if there are fewer."""
         if len(self.branches) < branches:
             raise CalmRayError(
-                f"question {self.question_id} in {self.language}: the objective compares {branches} branches, and row "
+                f"question {self.question_id} in {self.language}: the objective needs {branches} branches, but row "
                 f"{self.number} has {len(self.branches)}"
             )
         kept = [comparison for comparison in self.comparisons if max(comparison.chosen, comparison.rejected) < branches]
@@ -78,22 +78,22 @@ class Tree:
 
 
 def tree_of_pair(row: Pair) -> Tree:
-    """A pair: both sides, compared."""
+    """Both sides as branches, compared."""
     branches = (Branch(row["chosen_token_ids"]), Branch(row["rejected_token_ids"]))
     comparison = Comparison(0, 1, row.get("target_margin"))
     return Tree(row["question_id"], row["language"], row["pair"], row["prompt_token_ids"], branches, (comparison,))
 
 
 def tree_of_dialogue(row: Dialogue) -> Tree:
-    """A dialogue: what comes before the first scored token is the prompt, the rest one branch.
+    """Everything before the first scored token becomes the prompt, the rest one branch.
 
-    Raises CalmRayError where no token is scored.
+    Raises CalmRayError if no token is scored.
     """
     tokens, scored = row["token_ids"], row["scored"]
     if not any(scored[1:]):
         raise CalmRayError(
             f"question {row['question_id']} in {row['language']}: no token of dialogue {row['number']} is scored, so "
-            "that there is nothing to learn from it; leave it out"
+            "there is nothing to learn from it; remove it"
         )
     start = max(1, scored.index(True))
     branch = Branch(tokens[start:], scored[start:])
@@ -106,7 +106,7 @@ DIALOGUE_COLUMNS = [*KEYS, "number", "token_ids", "scored"]
 
 
 def read_trees(examples: Stage) -> list[Tree]:
-    """The rows of a stage, pairs or dialogues, in their order."""
+    """Reads the rows of a stage, pairs or dialogues, in order."""
     chunks = sorted(examples.chunks())
     if not chunks:
         return []

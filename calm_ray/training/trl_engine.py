@@ -1,6 +1,6 @@
 """`train.engine: trl`: the same pairs, references and policies, trained by TRL's DPOTrainer in the same workers.
 
-DDP on CPUs, FSDP through accelerate on GPUs. All of TRL's loss types: `train.trl: {loss_type: [ipo]}`.
+DDP on CPUs, FSDP through accelerate on GPUs. Supports all of TRL's loss types: `train.trl: {loss_type: [ipo]}`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from calm_ray.training.trees import Tree
 
 
 class PairTrainer(DPOTrainer):
-    """TRL's trainer on rows that are tokenised and whose reference log-probabilities are known."""
+    """TRL's trainer for tokenized rows with known reference log-probabilities."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
@@ -38,7 +38,7 @@ class PairTrainer(DPOTrainer):
 
 
 def train_with_trl(job: TrainJob, device: torch.device, report: Report) -> Policy:
-    """Trains one round with TRL; writes the same things as `train_policy`. Called by every worker."""
+    """Trains one round with TRL; writes the same files as `train_policy`. Collective: call on all ranks."""
     training, validation, too_long = read_examples(job)
     ref_logps = _reference_logps(job, device, training + validation)
     metrics: list[dict[str, Any]] = []
@@ -57,7 +57,7 @@ def train_with_trl(job: TrainJob, device: torch.device, report: Report) -> Polic
 
 
 def _reference_logps(job: TrainJob, device: torch.device, examples: list[Tree]) -> Logps:
-    """From calm_ray's own model, so that `train.reference` means the same for both engines."""
+    """Uses calm_ray's own model, so that `train.reference` means the same for both engines."""
     model = PolicyModel(job.model.local_folder(), job.train, device)
     return Trainer(job, model, lambda row: None).reference_logps(examples)
 
@@ -92,7 +92,7 @@ def _arguments(job: TrainJob, device: torch.device, scratch: str, *, has_validat
         "learning_rate": train.learning_rate,
         "num_train_epochs": train.epochs,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": train.warmup_share,
+        "warmup_steps": train.warmup_ratio,
         "per_device_train_batch_size": per_device,
         "gradient_accumulation_steps": max(1, train.batch_pairs // (world * per_device)),
         "max_grad_norm": train.max_grad_norm,
@@ -128,7 +128,7 @@ def _dataset(trees: list[Tree], ref_logps: Logps) -> Dataset:
 
 
 class _Metrics(TrainerCallback):
-    """Passes TRL's log lines on as metrics rows."""
+    """Reports TRL's logs as rows of metrics."""
 
     def __init__(
         self,
@@ -154,16 +154,16 @@ class _Metrics(TrainerCallback):
 
 
 def _publish(job: TrainJob, saved: Path, metrics: list[dict[str, Any]]) -> Policy:
-    """Publishes what TRL saved, without its pickled arguments."""
-    found: list[Policy | None] = [None]
+    """Publishes the model that TRL saved, without its pickled arguments."""
+    published: list[Policy | None] = [None]
     if dist.get_rank() == 0:
         folder = saved / "policy"
         folder.mkdir()
         for file in saved.iterdir():
             if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt"):
                 shutil.move(file, folder / file.name)
-        found = [publish(folder, job.output.storage, "policy", job.round_number, job.kind)]
+        published = [publish(folder, job.output.storage, "policy", job.round_number, job.kind)]
         job.output.storage.write_json("metrics.json", metrics)
-    dist.broadcast_object_list(found)
-    assert found[0] is not None
-    return found[0]
+    dist.broadcast_object_list(published)
+    assert published[0] is not None
+    return published[0]

@@ -1,4 +1,4 @@
-"""Training in Ray Train: the same loop on every worker, progress and metrics back to the driver."""
+"""Runs training in Ray Train: the same loop on every worker, with progress and metrics sent to the driver."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from calm_ray.training import checkpoint
 from calm_ray.training.job import TrainJob
 
 RESIZE_SECONDS = 60.0
-"""How often it is looked whether there are places for more workers, or for fewer.
+"""How often Ray Train checks whether to add or remove workers.
 
-Then all begin anew from the last checkpoint, so elastic training writes one twice as often.
+A resize restarts all of them from the last checkpoint, so elastic training writes one twice as often.
 """
 
 Line = tuple[int | None, dict[str, Any]]
-"""A row of metrics and its number, which is the same in every attempt; None for what only happened."""
+"""A row and its number: for metrics the same in every attempt, for events None."""
 
 
 class MetricsQueue:
-    """Carries metrics from the first worker to the driver while training runs."""
+    """Carries metrics and events to the driver while training runs."""
 
     def __init__(self) -> None:
         self._lines: list[Line] = []
@@ -53,8 +53,8 @@ class MetricsQueue:
         return lines
 
 
-class Losses(UserCallback):
-    """Tells of lost workers, and ends training at once where trying again would be in vain: at errors of our own."""
+class WorkerFailures(UserCallback):
+    """Reports lost workers, and fails fast on CalmRayError, which a retry would not fix."""
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
@@ -70,15 +70,15 @@ class Losses(UserCallback):
 def train_round(
     job: TrainJob, device: str, report: Callable[[dict[str, Any]], None], gpus_per_worker: float = 1.0
 ) -> Policy:
-    """Trains one round on `train.workers` Ray Train workers; `report` is called on the driver with every metrics row.
+    """Trains one round on `train.workers` Ray Train workers; calls `report` on the driver with every row of metrics.
 
-    Each row is reported once, however often workers are lost; in between come rows of what happened: `lost` (workers),
-    `noticed` and `resumed` (steps). Goes on from the checkpoints of an earlier attempt, and deletes them at the end.
+    Each row is reported once, no matter how often workers are lost, interleaved with events: `lost` (workers),
+    `noticed` and `resumed` (steps). Resumes from the checkpoints of an earlier attempt, and deletes them at the end.
 
-    Workers may be lost `train.max_failures` times without a new checkpoint in between.
+    Tolerates `train.max_failures` losses of workers without a new checkpoint in between.
 
-    Raises CalmRayError with the worker's own error where training fails, InputError where it is elastic and the
-    cluster does not say where.
+    Raises CalmRayError with the worker's own error if training fails, InputError if it is elastic and the cluster has
+    no training slots.
     """
     scaling = _scaling(job.train, device, gpus_per_worker)
     options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": on_this_node()}
@@ -92,27 +92,27 @@ def train_round(
             train_loop_config={"job": job, "queue": queue, "device": device},
             scaling_config=scaling,
             run_config=RunConfig(
-                name="ray_train",  # an empty marker file is all that Ray Train keeps there
+                name="ray_train",  # Ray Train only keeps an empty marker file there
                 storage_path=job.output.storage.path(),
                 storage_filesystem=job.output.storage.filesystem,
                 failure_config=FailureConfig(max_failures=job.train.max_failures, max_preemption_failures=-1),
-                callbacks=[Losses(queue)],
+                callbacks=[WorkerFailures(queue)],
             ),
         )
         with _interruptible():
             trainer.fit()
 
-    _fit(lambda: fit_while_it_gets_on(fit, job.output.storage), queue, report, _wanted(scaling))
+    _fit(lambda: fit_with_retries(fit, job.output.storage), queue, report, _demand(scaling))
     policy = Policy(**job.output.storage.read_json("policy.json"))
     checkpoint.delete_all(job.output.storage)
     return policy
 
 
 def _scaling(train: Train, device: str, gpus_per_worker: float) -> ScalingConfig:
-    """How many workers, and what each takes.
+    """Number of workers, and the resources of each.
 
-    Ray counts the places of elastic workers by what nodes have in all, taken by engines or not: only a resource of
-    training's own tells how many there are.
+    Ray sizes elastic training by the nodes' total resources, even those taken by engines, so only a resource reserved
+    for training tells how many workers fit.
     """
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": gpus_per_worker} if device == "gpu" else {})
     most = ray_state.get_max_resources_from_cluster_config() or {}
@@ -120,9 +120,9 @@ def _scaling(train: Train, device: str, gpus_per_worker: float) -> ScalingConfig
         resources[TRAIN_SLOT] = 1.0
     elif train.is_elastic:
         raise InputError(
-            "train.workers: [least, most] needs a cluster that says where workers may come and go: start each node "
-            f"that is to train with `ray start --resources '{{\"{TRAIN_SLOT}\": 8}}'`, the number of workers it has "
-            "room for; or give train.workers one number"
+            "train.workers: [min, max] needs nodes with training slots: start each training node with "
+            f"`ray start --resources '{{\"{TRAIN_SLOT}\": 8}}'`, where 8 is the number of workers that fit on it, or "
+            "set train.workers to one number"
         )
     return ScalingConfig(
         num_workers=train.workers,
@@ -132,10 +132,10 @@ def _scaling(train: Train, device: str, gpus_per_worker: float) -> ScalingConfig
     )
 
 
-def fit_while_it_gets_on(fit: Callable[[], None], storage: Storage) -> None:
-    """Fits again where lost workers ended it, as long as there is a new checkpoint: Ray Train counts losses only up.
+def fit_with_retries(fit: Callable[[], None], storage: Storage) -> None:
+    """Retries after lost workers while attempts write new checkpoints, since Ray Train never resets its failure count.
 
-    Raises what `fit` raises: TrainingFailedError where it came no further, or where an error of our own ended it.
+    Raises the TrainingFailedError of `fit` if it made no progress or a CalmRayError caused it.
     """
     while True:
         before = checkpoint.newest_step(storage)
@@ -144,25 +144,25 @@ def fit_while_it_gets_on(fit: Callable[[], None], storage: Storage) -> None:
             return
         except TrainingFailedError as error:
             step = checkpoint.newest_step(storage)
-            if step in (before, None) or _own_error(error) is not None:
+            if step in (before, None) or _calm_ray_error(error) is not None:
                 raise
-        say(f"  too many workers were lost, but training came to step {step} in between: it begins again from there")
+        say(f"  too many workers were lost, but training reached step {step}; restarting from there")
 
 
-def _own_error(error: TrainingFailedError) -> CalmRayError | None:
-    """The error of our own that ended training, as `Losses` raised it."""
+def _calm_ray_error(error: TrainingFailedError) -> CalmRayError | None:
+    """The CalmRayError that stopped training, as raised by `WorkerFailures`."""
     failure = error.controller_failure if isinstance(error, ControllerError) else None
     return failure if isinstance(failure, CalmRayError) else None
 
 
-def _fit(fit: Callable[[], None], queue: Any, report: Callable[[dict[str, Any]], None], wanted: str) -> None:
+def _fit(fit: Callable[[], None], queue: Any, report: Callable[[dict[str, Any]], None], demand: str) -> None:
     done = threading.Event()
-    reporter = threading.Thread(target=_report_until, args=(done, queue, report, wanted), daemon=True)
+    reporter = threading.Thread(target=_report_until, args=(done, queue, report, demand), daemon=True)
     reporter.start()
     try:
         fit()
     except (TrainingFailedError, RayError) as error:
-        own = _own_error(error) if isinstance(error, TrainingFailedError) else None
+        own = _calm_ray_error(error) if isinstance(error, TrainingFailedError) else None
         if own is not None:
             raise own from None
         raise CalmRayError(f"training failed: {error}") from error
@@ -172,22 +172,22 @@ def _fit(fit: Callable[[], None], queue: Any, report: Callable[[dict[str, Any]],
         ray.kill(queue)
 
 
-def _wanted(scaling: ScalingConfig) -> str:
-    """What the workers need, for a person who waits for it."""
+def _demand(scaling: ScalingConfig) -> str:
+    """The resources the workers need, for the log line while waiting."""
     count = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[0]
     each = ", ".join(f"{amount:g} {name}" for name, amount in (scaling.resources_per_worker or {}).items() if amount)
     return f"{count} needed, each with {each}"
 
 
-def _report_until(done: threading.Event, queue: Any, report: Callable[[dict[str, Any]], None], wanted: str) -> None:
-    """Passes metrics on, once a second and once more at the end; says so where training has to wait to begin."""
-    told, event = 0, None
-    is_waiting, heard = True, time.monotonic()
+def _report_until(done: threading.Event, queue: Any, report: Callable[[dict[str, Any]], None], demand: str) -> None:
+    """Passes rows on every second and once more at the end; logs when training is waiting for workers."""
+    next_number, event = 0, None
+    is_waiting, last_sign = True, time.monotonic()
     is_last = False
     while not is_last:
         is_last = done.wait(timeout=1.0)
-        for number, row in _taken(queue):
-            heard = time.monotonic()
+        for number, row in _take(queue):
+            last_sign = time.monotonic()
             if number is None:
                 is_waiting = "resumed" not in row
                 if row != event:
@@ -195,18 +195,18 @@ def _report_until(done: threading.Event, queue: Any, report: Callable[[dict[str,
                     say(_describe(row))
                     report(row)
                 continue
-            # Workers that begin anew tell everything from the first line on.
+            # Restarted workers report every row from the first.
             is_waiting = is_waiting and number > 0
-            if number >= told:
-                told = number + 1
+            if number >= next_number:
+                next_number = number + 1
                 report(row)
-        if is_waiting and time.monotonic() - heard > WAIT_SECONDS:
-            heard = time.monotonic()
-            say(f"waiting for the training workers to begin: {wanted}; {free_resources()}{_free_places()}")
+        if is_waiting and time.monotonic() - last_sign > WAIT_SECONDS:
+            last_sign = time.monotonic()
+            say(f"waiting for training workers to start: {demand}; {free_resources()}{_free_slots()}")
 
 
-def _taken(queue: Any) -> list[Line]:
-    """The lines that have come; none while the queue itself is being started anew, which harms nothing but progress."""
+def _take(queue: Any) -> list[Line]:
+    """New lines; none while the queue actor restarts, which only affects progress output."""
     try:
         return ray.get(queue.take.remote())
     except RayError:
@@ -214,22 +214,22 @@ def _taken(queue: Any) -> list[Line]:
 
 
 def _describe(row: dict[str, Any]) -> str:
-    """An event for a person."""
+    """Log line for an event."""
     if "resumed" in row:
-        return f"  training goes on from step {row['resumed']}"
+        return f"  training resumes from step {row['resumed']}"
     if "noticed" in row:
-        return f"  a machine will be taken away: training has a checkpoint of step {row['noticed']}"
+        return f"  a node is about to be preempted; training saved a checkpoint at step {row['noticed']}"
     return f"  training lost worker {', '.join(map(str, row['lost']))}: {row['why']}"
 
 
-def _free_places() -> str:
-    places = ray.cluster_resources().get(TRAIN_SLOT)
-    return f", {ray.available_resources().get(TRAIN_SLOT, 0):g} of {places:g} {TRAIN_SLOT}" if places else ""
+def _free_slots() -> str:
+    slots = ray.cluster_resources().get(TRAIN_SLOT)
+    return f", {ray.available_resources().get(TRAIN_SLOT, 0):g} of {slots:g} {TRAIN_SLOT}" if slots else ""
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C stays Ctrl-C: Ray Train ends the workers in its own handler, which it leaves behind, and exits with 0."""
+    """Keeps Ctrl-C a KeyboardInterrupt: Ray Train's own handler exits with 0 and stays installed afterwards."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -241,7 +241,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What each worker runs. Raises CalmRayError where the same would happen again, anything else where it may not."""
+    """Runs on each worker. Raises CalmRayError if a retry would fail the same way, anything else if it might not."""
     import ray.train
 
     try:
@@ -259,7 +259,7 @@ def _train(config: dict[str, Any]) -> None:
 
     job, queue = config["job"], config["queue"]
     context = ray.train.get_context()
-    # By the recipe, not by what is there: Ray shows all GPUs to workers that have none.
+    # Not torch.cuda.is_available(): Ray exposes all GPUs to workers that requested none.
     if config["device"] == "gpu":
         device = torch.device("cuda", torch.cuda.current_device())
     else:
@@ -276,13 +276,13 @@ def _train(config: dict[str, Any]) -> None:
 
         policy = train_with_trl(job, device, report)
     else:
-        policy = train_policy(job, device, report, _notices)
+        policy = train_policy(job, device, report, _preempted_nodes)
     if context.get_world_rank() == 0:
         job.output.storage.write_json("policy.json", policy.as_json())
 
 
-def _notices() -> Set[str]:
-    """The nodes that are being drained, as Ray Train knows them; the same on all workers."""
+def _preempted_nodes() -> Set[str]:
+    """The nodes being drained, as seen by Ray Train; the same on all workers."""
     import ray.train
 
     info = ray.train.get_preemption_info()

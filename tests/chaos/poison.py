@@ -1,4 +1,4 @@
-"""A logits processor that ends, or stops, the engine that is given certain prompts. The real engine loads it."""
+"""A logits processor, loaded by real engines, that makes them crash or hang on certain prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ NAME = "poison:Poison"
 
 
 def poison_file() -> Path:
-    """What is poison: [{"start": token ids, "how": "crash" | "sleep" | "stop", "once": a file or None}, ...]"""
+    """Lists the poisoned prompts: [{"start": token ids, "how": "crash" | "sleep" | "stop", "once": file or None}, ...].
+
+    The file named by `once` is created when the poison acts; from then on it is harmless.
+    """
     return Path(os.environ["CALM_RAY_CACHE"]) / "poison.json"
 
 

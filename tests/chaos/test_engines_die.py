@@ -1,21 +1,20 @@
-"""Engines are killed while they sample and while they do not: nothing is lost or there twice, no policy is stale.
+"""Kills engines while they sample and while they are idle: no row is lost, duplicated or from a stale policy.
 
-One pool of three engines goes through all of it, so that what an accident leaves behind would show in the next one.
+All tests share one pool of three engines, so that leftovers of one fault would show in the next test.
 """
 
 from __future__ import annotations
 
 import random
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from factories import read_questions
+from faults import kill, policy_of_each_completion
 from small_runs import LANGUAGES, MOMENTS, make_adapter
 
-from calm_ray.core.rows import rows_of
 from calm_ray.core.sections import Engines, Lora
 from calm_ray.engines.dispatcher import Dispatcher
 from calm_ray.engines.generator import Decoding
@@ -31,6 +30,7 @@ from calm_ray.run.stage import Stage
 
 ENGINES = 3
 LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"])
+SLOW = pytest.mark.chaos
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, question_files: tuple[Path, Pa
 
 @pytest.fixture(scope="module")
 def policy(babbler: Path, run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Policy:
-    """An adapter: an engine that is started again has the base model at first."""
+    """An adapter, because a restarted engine has the base model until it loads the policy."""
     return make_adapter(babbler, tmp_path_factory.mktemp("adapter") / "1", run, 1, LORA)
 
 
-LONG = pytest.mark.chaos
-
-
-@pytest.fixture(scope="module", params=["actor", pytest.param("child", marks=LONG)])
+@pytest.fixture(scope="module", params=["actor", pytest.param("child", marks=SLOW)])
 def pool(request: pytest.FixtureRequest, ray_8_cpus: None, babbler: Path, policy: Policy) -> Iterator[EnginePool]:
     settings = Engines(
         shared=ENGINES, cpus=0.5, min_engines=ENGINES, process=request.param, max_restarts=20,
@@ -63,13 +60,15 @@ def pool(request: pytest.FixtureRequest, ray_8_cpus: None, babbler: Path, policy
 
 @pytest.fixture(scope="module")
 def undisturbed(pool: EnginePool, run: RunDirectory) -> set[tuple[str, str, int]]:
+    """The completions that are sampled without faults."""
     output = Stage(run.storage.under("undisturbed"))
-    for _ in sampling(pool, run, output):
+    for _ in sample(pool, run, output):
         pass
-    return set(ids_of(output))
+    return set(policy_of_each_completion(output))
 
 
-def sampling(pool: EnginePool, run: RunDirectory, output: Stage) -> Iterator[ChunkTask]:
+def sample(pool: EnginePool, run: RunDirectory, output: Stage) -> Iterator[ChunkTask]:
+    """Samples every chunk; yields the finished ones."""
     questions = run.questions("align")
     tasks = [
         ChunkTask(questions, output, chunk, code, pool.policy)
@@ -77,23 +76,16 @@ def sampling(pool: EnginePool, run: RunDirectory, output: Stage) -> Iterator[Chu
         for code in LANGUAGES
     ]
     decoding = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=40)
-    work = Dispatcher(tasks, most_bad=0)
+    work = Dispatcher(tasks, max_bad=0)
     for task, _ in pool.run(Sample(decoding, seed=0, round_number=1, instruction=False), work):
         yield task
     assert work.bad == []
 
 
-def ids_of(output: Stage) -> list[tuple[str, str, int]]:
-    return [(row["question_id"], row["language"], row["sample"]) for row in rows_of(output.read())]
-
-
 def engine_processes(pool: EnginePool) -> list[psutil.Process]:
-    """The processes that compute: the actors, or vLLM's core that is their child."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        if process.name().startswith("ray::EngineActor"):
-            found.append(process)
-    actors = found or [p for p in psutil.process_iter() if "EngineActor" in " ".join(p.cmdline()[:1])]
+    """The processes that run the model: the actors, or vLLM's core in a child of each."""
+    own = psutil.Process().children(recursive=True)
+    actors = [process for process in own if process.name().startswith("ray::EngineActor")]
     if pool.spec.engines.process == "actor":
         return actors
     return [max(actor.children(), key=lambda child: child.memory_info().rss) for actor in actors]
@@ -104,12 +96,12 @@ def engine_processes(pool: EnginePool) -> list[psutil.Process]:
     ("when", "victims"),
     [
         ("sampling", 1),
-        pytest.param("idle", 1, marks=LONG),
-        pytest.param("sampling", ENGINES - 1, marks=LONG),
-        pytest.param("idle", ENGINES - 1, marks=LONG),
+        pytest.param("idle", 1, marks=SLOW),
+        pytest.param("sampling", ENGINES - 1, marks=SLOW),
+        pytest.param("idle", ENGINES - 1, marks=SLOW),
     ],
 )
-def test_a_killed_engine_loses_nothing(
+def test_killed_engines_lose_no_completions(
     pool: EnginePool, run: RunDirectory, undisturbed: set[tuple[str, str, int]], policy: Policy, when: str,
     victims: int, moment: int,
 ) -> None:  # fmt: skip
@@ -119,22 +111,16 @@ def test_a_killed_engine_loses_nothing(
     processes = engine_processes(pool)
     assert len(processes) == ENGINES
     chosen = rng.sample(processes, victims)
-    at = rng.randrange(1, 5)
+    kill_after = rng.randrange(1, 5)  # finished chunks
     if when == "idle":
         kill(chosen)
-    for number, _ in enumerate(sampling(pool, run, output), start=1):
-        if when == "sampling" and number == at:
+    for number, _ in enumerate(sample(pool, run, output), start=1):
+        if when == "sampling" and number == kill_after:
             kill(chosen)
-    rows = rows_of(output.read())
-    assert {row["policy"] for row in rows} == {policy.name}
-    assert len(rows) == len(ids_of(output)) == len(set(ids_of(output)))
-    assert set(ids_of(output)) == undisturbed
+    completions = policy_of_each_completion(output)
+    assert set(completions.values()) == {policy.name}
+    assert set(completions) == undisturbed
     assert output.flawed() == []
     pool.wait_for_all()
     assert pool.states() == {Health.HEALTHY: ENGINES}
     assert pool.starts == before + victims
-
-
-def kill(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        process.send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Prompts that end every engine, and engines that hang, in whole runs."""
+"""Whole runs with prompts that crash every engine, and with engines that hang."""
 
 from __future__ import annotations
 
@@ -22,39 +22,42 @@ pytestmark = pytest.mark.chaos
 
 
 @pytest.fixture
-def poisoned(cache: Path, babbler: Path) -> Iterator[Callable[..., None]]:
-    """Makes questions poison for every engine that is started from then on."""
+def poison(cache: Path, babbler: Path) -> Iterator[Callable[..., None]]:
+    """Makes questions poisonous for all engines started afterwards."""
     tokenizer = AutoTokenizer.from_pretrained(babbler)
 
-    def poison(*questions: Question, how: str, once: Path | None = None) -> None:
+    def write(*questions: Question, how: str, once: Path | None = None) -> None:
         poisons = [
             {"start": encode_prompt(tokenizer, prompt_text(one, False)), "how": how, "once": once and str(once)}
             for one in questions
         ]
         poison_file().write_text(json.dumps(poisons))
 
-    yield poison
+    yield write
     poison_file().unlink(missing_ok=True)
 
 
-def read(file: Path) -> list[Question]:
+def read_lines(file: Path) -> list[Question]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def run_of(make_recipe: Callable[..., Path], storage: Path, name: str, **engines: Any) -> tuple[RunDirectory, int]:
+def run_with_poison(
+    make_recipe: Callable[..., Path], storage: Path, name: str, **engines: Any
+) -> tuple[RunDirectory, int]:
+    """Runs a recipe whose engines load the logits processor; returns the run and the exit code."""
     args = {"logits_processors": [NAME], "max_num_seqs": 64, "max_num_batched_tokens": 256}
     recipe = make_recipe(name=name, storage=str(storage), engines={"args": args, **engines})
     return RunDirectory(str(storage), name), main(["align", str(recipe)])
 
 
-def test_a_prompt_that_ends_every_engine_is_isolated_and_the_run_completes(
-    ray_8_cpus: None, poisoned: Callable[..., None], question_files: tuple[Path, Path],
+def test_prompts_that_crash_every_engine_are_skipped(
+    ray_8_cpus: None, poison: Callable[..., None], question_files: tuple[Path, Path],
     make_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    asked, held_out = (read(file) for file in question_files)
+    asked, held_out = (read_lines(file) for file in question_files)
     bad = [asked[5], held_out[0]]
-    poisoned(*bad, how="crash")
-    run, code = run_of(make_recipe, tmp_path, "poisoned")
+    poison(*bad, how="crash")
+    run, code = run_with_poison(make_recipe, tmp_path, "poisoned")
     assert code == 0
     listed = rows_of(run.storage.read_table("bad_prompts.parquet"))
     assert {(row["question_id"], row["language"], row["questions"]) for row in listed} == {
@@ -74,37 +77,37 @@ def test_a_prompt_that_ends_every_engine_is_isolated_and_the_run_completes(
     assert set(run.summary["rounds"][1]["accuracy"]) == set(LANGUAGES)
 
 
-def test_more_bad_prompts_than_are_allowed_stop_the_run(
-    ray_8_cpus: None, poisoned: Callable[..., None], question_files: tuple[Path, Path],
+def test_too_many_bad_prompts_abort_the_run(
+    ray_8_cpus: None, poison: Callable[..., None], question_files: tuple[Path, Path],
     make_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    poisoned(read(question_files[1])[0], how="crash")
-    _, code = run_of(make_recipe, tmp_path, "too-many", max_bad_prompts=0)
+    poison(read_lines(question_files[1])[0], how="crash")
+    _, code = run_with_poison(make_recipe, tmp_path, "too-many", max_bad_prompts=0)
     assert code == 1
-    said = capsys.readouterr().err
-    assert "1 prompts end every engine they are given to, more than engines.max_bad_prompts (0)" in said
+    message = capsys.readouterr().err
+    assert "1 prompts crash every engine, more than engines.max_bad_prompts (0)" in message
 
 
 @pytest.mark.parametrize(
-    ("how", "limits", "said"),
+    ("how", "timeouts", "message"),
     [
-        ("sleep", {"silent_seconds": 10}, "no sign of life for"),
-        ("sleep", {"chunk_seconds": 30}, "not done after 30 s"),
-        ("stop", {"silent_seconds": 10}, "no sign of life for"),
+        ("sleep", {"heartbeat_timeout_s": 10}, "no heartbeat for"),
+        ("sleep", {"chunk_timeout_s": 30}, "timed out after 30 s"),
+        ("stop", {"heartbeat_timeout_s": 10}, "no heartbeat for"),
     ],
-    ids=["no progress", "chunk deadline", "stopped process"],
+    ids=["no progress", "chunk timeout", "stopped process"],
 )
-def test_an_engine_that_hangs_is_replaced(
-    ray_8_cpus: None, poisoned: Callable[..., None], question_files: tuple[Path, Path],
+def test_hung_engine_is_restarted(
+    ray_8_cpus: None, poison: Callable[..., None], question_files: tuple[Path, Path],
     make_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    how: str, limits: dict[str, float], said: str,
+    how: str, timeouts: dict[str, float], message: str,
 ) -> None:  # fmt: skip
-    asked = read(question_files[0])
-    poisoned(asked[0], how=how, once=tmp_path / "once")
-    run, code = run_of(make_recipe, tmp_path, "hung", **limits)
+    asked = read_lines(question_files[0])
+    poison(asked[0], how=how, once=tmp_path / "once")
+    run, code = run_with_poison(make_recipe, tmp_path, "hung", **timeouts)
     assert code == 0
     assert (tmp_path / "once").exists()
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
     assert not run.storage.exists("bad_prompts.parquet")
     rows = rows_of(run.stage(1, "sample").read())
     assert len(rows) == 3 * len(asked)

@@ -1,4 +1,4 @@
-"""Several methods from one recipe through `jobs/compare.py`, as a user starts them."""
+"""Compares several methods from one recipe through `jobs/compare.py`, as a user would."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from calm_ray.comparison.main import main
 from calm_ray.core.rows import rows_of
 from calm_ray.run.directory import RunDirectory
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 METHODS = ["base", "sft", "calm", "dpo_gold→dco"]
 
@@ -37,7 +38,7 @@ def arguments(make_recipe: Callable[..., Path], storage: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def output(arguments: list[str]) -> str:
-    """What the first call printed."""
+    """Output of the first call."""
     command = [sys.executable, str(ROOT / "jobs" / "compare.py"), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -61,7 +62,7 @@ def test_every_method_has_a_row_and_a_run(output: str, storage: Path) -> None:
         assert run.storage.read_json("finished.json") == {"engine_starts": 1, "engines": 1}
 
 
-def test_what_is_the_same_was_done_once(output: str, storage: Path) -> None:
+def test_shared_work_is_done_once(output: str, storage: Path) -> None:
     sft, calm, dpo, chain = (
         RunDirectory(str(storage), f"t1-{name}") for name in ("sft", "calm", "dpo_gold", "dpo_gold-dco")
     )
@@ -72,27 +73,27 @@ def test_what_is_the_same_was_done_once(output: str, storage: Path) -> None:
         **{chain.stage(0, part): dpo.stage(1, part) for part in ("evaluate", "score")},
     }
     assert {stage: stage.record.get("copied_from") for stage in expected} == {
-        stage: first.storage.uri() for stage, first in expected.items()
+        stage: original.storage.uri() for stage, original in expected.items()
     }
-    made = [stage for stage in set(expected.values()) if stage not in expected]
-    assert all("copied_from" not in stage.record for stage in made)
-    assert not dpo.stage(1, "sample").storage.names()  # it needs no samples
-    assert output.count(" node(s), ") == 1  # one cluster, and with it one pool of engines
+    originals = [stage for stage in set(expected.values()) if stage not in expected]
+    assert all("copied_from" not in stage.record for stage in originals)
+    assert not dpo.stage(1, "sample").storage.names()  # does not train on samples
+    assert output.count(" node(s), ") == 1  # one cluster, so one pool of engines
 
 
-def test_dco_goes_on_from_the_policy_of_dpo_under_its_name_there(output: str, storage: Path) -> None:
+def test_dco_starts_from_the_last_policy_of_dpo(output: str, storage: Path) -> None:
     dpo, chain = RunDirectory(str(storage), "t1-dpo_gold"), RunDirectory(str(storage), "t1-dpo_gold-dco")
     start = chain.start
     assert start is not None
     assert start.sha256 == dpo.stage(1, "train").record["policy"]["sha256"]
     for stage in (chain.stage(0, "evaluate"), chain.stage(0, "score"), chain.stage(1, "pairs")):
         assert {row["policy"] for row in rows_of(stage.read())} == {start.name}
-    assert not chain.stage(1, "reference_score").is_finished  # the copy is what margins are measured against
+    assert not chain.stage(1, "reference_score").is_finished  # copied scores serve as the reference
     first, last = dpo.summary["rounds"][-1], chain.summary["rounds"][0]
     assert [first[key] for key in ("rankc", "accuracy")] == [last[key] for key in ("rankc", "accuracy")]
 
 
-def test_the_same_command_uses_what_is_finished(
+def test_same_command_reuses_finished_runs(
     output: str, arguments: list[str], storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [file for file in storage.rglob("*") if file.is_file() and file.name != "t1-compare.json"]
@@ -100,7 +101,7 @@ def test_the_same_command_uses_what_is_finished(
     assert main(arguments) == 0
     again = capsys.readouterr().out
     assert table_of(again) == table_of(output)
-    assert "it is finished" in again
+    assert "already finished" in again
     assert "node(s)" not in again
     assert "engine" not in again
     assert before == {file: file.stat().st_mtime_ns for file in files}
@@ -108,18 +109,19 @@ def test_the_same_command_uses_what_is_finished(
     assert "seed: 0 in the run, 7 in the recipe" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_compared_with_its_manifests(
+def test_corrupt_file_in_a_finished_run_is_repaired(
     output: str, arguments: list[str], storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = RunDirectory(str(storage), "t1-calm").stage(1, "pairs")
-    torn = Path(pairs.storage.path(f"{min(pairs.chunks())}.parquet"))
-    whole, rows = torn.read_bytes(), rows_of(pairs.read())
+    corrupt = Path(pairs.storage.path(f"{min(pairs.chunks())}.parquet"))
+    content, rows = corrupt.read_bytes(), rows_of(pairs.read())
     others = [file for file in storage.rglob("train/**/*") if file.is_file()]
     before = {file: file.stat().st_mtime_ns for file in others}
-    torn.write_bytes(whole[:100])
+    corrupt.write_bytes(content[:100])
     assert main(arguments) == 0
     again = capsys.readouterr().out
-    assert f"rounds/1/pairs: 1 files are gone or not what was written ({torn.name})" in again
-    assert [line.split()[:6] for line in table_of(again)] == [line.split()[:6] for line in table_of(output)]  # seconds
+    assert f"rounds/1/pairs: 1 missing or corrupt file(s) ({corrupt.name})" in again
+    # Only the seconds may differ.
+    assert [line.split()[:6] for line in table_of(again)] == [line.split()[:6] for line in table_of(output)]
     assert rows_of(pairs.read()) == rows
-    assert before == {file: file.stat().st_mtime_ns for file in others}  # nothing is trained again
+    assert before == {file: file.stat().st_mtime_ns for file in others}  # no retraining

@@ -1,4 +1,4 @@
-"""Whole runs of DCO with a model of random weights: scores, pairs, targets, training, and the optimal policy."""
+"""Whole DCO runs with a randomly initialized model: scores, pairs, targets, training and the optimal policy."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ LANGUAGES = ["en", "fr", "de"]
 WORDS = [f"{language}{number}" for language in LANGUAGES for number in range(20)]
 CHOICES = 4
 PAIRS = 6
-"""All pairs of four candidates."""
+"""Number of pairs of four candidates."""
 BETA = 0.5
 
 
 def write_questions(file: Path, count: int, first: int = 0, choices: int = CHOICES) -> str:
-    """Questions of a few words in each language; with no choices they are open, and have no gold answer."""
+    """Writes questions of a few words in each language. With `choices=0` they are open, without gold answers."""
     lines = []
     for number in range(first, first + count):
         for language in LANGUAGES:
-            words = [f"{language}{(7 * number + step * step + step) % 20}" for step in range(3 + choices)]
+            words = [f"{language}{(7 * number + n * n + n) % 20}" for n in range(3 + choices)]
             row = {"question_id": f"q{number}", "language": language, "text": " ".join(words[:3])}
             row |= {"choices": [f"{word} {words[0]}" for word in words[3:]], "gold": "ABCD"[number % 4]}  # type: ignore[dict-item]
             lines.append(json.dumps(row if choices else {**row, "choices": [], "gold": None}))
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(folder: Path) -> Callable[..., Config]:
-    """A small run's configuration; takes the keys that differ."""
+    """Makes the configuration of a small run; keyword arguments override its keys."""
     model = write_tiny_model(folder / "model", word_tokenizer(WORDS))
     questions = {
         "align": write_questions(folder / "align.jsonl", 8),
@@ -84,8 +84,11 @@ def pairs_of(run: RunDirectory, number: int) -> list[dict[str, Any]]:
     return rows_of(run.stage(number, "pairs").read())
 
 
-def loss_of_targets(run: RunDirectory, number: int) -> float:
-    """A round's first loss, of all its pairs; which is their mean target, since the policy is its reference there."""
+def first_loss(run: RunDirectory, number: int) -> float:
+    """The loss of a round's first step, a batch of all pairs.
+
+    Checks that it is the mean target: at that step the policy is its reference, so all margins relative to it are 0.
+    """
     lines = [json.loads(line) for line in run.storage.read("metrics.jsonl").splitlines()]
     loss = next(float(row["train/loss"]) for row in lines if row["round"] == number and row.get("step") == 1)
     targets = [abs(row["target_margin"]) for row in pairs_of(run, number)]
@@ -103,20 +106,20 @@ def policies_in(stage: Stage) -> set[str]:
 
 @pytest.fixture(scope="module")
 def finished(recipe: Callable[..., Config]) -> RunDirectory:
-    """Two rounds with LoRA, and engines that take adapters."""
+    """A run of two rounds with LoRA; engines load adapters."""
     return align(recipe("finished", rounds=2))
 
 
-def test_the_first_loss_of_a_round_is_the_mean_of_its_targets(finished: RunDirectory) -> None:
-    losses = [loss_of_targets(finished, number) for number in (1, 2)]
-    # All pairs are drawn, so that the same is counted of the candidates before anything is trained.
+def test_first_loss_of_a_round_is_its_mean_target(finished: RunDirectory) -> None:
+    losses = [first_loss(finished, number) for number in (1, 2)]
+    # All pairs are drawn, so the report on the candidates before training has the same mean.
     before = finished.summary["rounds"][0]["optimal"]["training"]["margin_distance"]
     assert losses[0] == pytest.approx(before, abs=1e-4)
     assert losses[1] != losses[0]
 
 
-def test_a_target_is_the_other_languages_margin_under_the_reference(finished: RunDirectory) -> None:
-    """As the engines scored it for the pairs, and as the trainer scores it by itself."""
+def test_target_is_the_reference_margin_in_the_other_language(finished: RunDirectory) -> None:
+    """Both by the engines' scores, from which pairs are made, and by the trainer's own."""
     scored = scored_in(finished.stage(0, "score"))
     rows = rows_of(finished.stage(1, "train").storage.read_table("reference.parquet"))
     trained = {(row["question_id"], row["language"], row["number"]): row["logps"] for row in rows}
@@ -125,11 +128,11 @@ def test_a_target_is_the_other_languages_margin_under_the_reference(finished: Ru
         here, there = (scored[row["question_id"], code] for code in (row["language"], other))
         chosen, rejected = (here["texts"].index(row[side]) for side in ("chosen", "rejected"))
         assert row["target_margin"] == pytest.approx(BETA * (there["logps"][chosen] - there["logps"][rejected]))
-        of_chosen, of_rejected = trained[row["question_id"], other, row["pair"]]
-        assert row["target_margin"] == pytest.approx(BETA * (of_chosen - of_rejected), abs=1e-3)
+        chosen_logp, rejected_logp = trained[row["question_id"], other, row["pair"]]
+        assert row["target_margin"] == pytest.approx(BETA * (chosen_logp - rejected_logp), abs=1e-3)
 
 
-def test_each_round_is_measured_against_the_policy_before_and_nothing_is_scored_twice(finished: RunDirectory) -> None:
+def test_previous_policy_is_the_reference_and_is_scored_once(finished: RunDirectory) -> None:
     names = [entry["policy"] for entry in finished.summary["rounds"]]
     assert len(set(names)) == 3
     for number in (1, 2):
@@ -144,12 +147,12 @@ def test_each_round_is_measured_against_the_policy_before_and_nothing_is_scored_
             assert policies_in(finished.stage(number, part)) == {name}
 
 
-def test_training_brings_the_policy_towards_the_optimal_one(finished: RunDirectory) -> None:
+def test_training_moves_the_policy_towards_the_optimal_one(finished: RunDirectory) -> None:
     before, after = (entry["optimal"]["training"] for entry in finished.summary["rounds"][:2])
     assert after["margin_distance"] < 0.7 * before["margin_distance"]
 
 
-def test_the_summary_holds_what_dco_reports(finished: RunDirectory) -> None:
+def test_summary_contains_the_dco_report(finished: RunDirectory) -> None:
     summary = finished.summary
     assert summary["method"] == "dco"
     figures = {"accuracy", "accuracy_mean", "consistency", "ac3", "rankc", "rankc_mean", "rankc_en", "top1", "entropy"}
@@ -160,12 +163,13 @@ def test_the_summary_holds_what_dco_reports(finished: RunDirectory) -> None:
             assert set(report["rankc"]) == {"en-fr"}
             assert 0 < report["rankc_mean"] <= 1
         assert set(entry["optimal"]) == {"training", "held_out"}
-        # Of two languages that follow each other alike, Lemma 1: the optimal policy ranks the same in both.
+        # Lemma 1: with equal gamma in both directions, the optimal policy ranks the same in both languages.
         assert entry["optimal"]["held_out"]["rankc_mean"] == pytest.approx(1.0)
     assert [entry.get("pairs", 0) for entry in summary["rounds"]] == [0, 96, 96]
 
 
-def test_a_run_that_lost_pairs_makes_the_same_ones_again(finished: RunDirectory, recipe: Callable[..., Config]) -> None:
+@pytest.mark.slow
+def test_lost_pairs_are_regenerated_identically(finished: RunDirectory, recipe: Callable[..., Config]) -> None:
     pairs = finished.stage(2, "pairs")
     before, files = pairs_of(finished, 2), sorted(pairs.chunks())
     assert files == ["00000", "00001"]
@@ -180,71 +184,76 @@ def test_a_run_that_lost_pairs_makes_the_same_ones_again(finished: RunDirectory,
     assert finished.storage.exists("finished.json")
 
 
-def test_open_questions_are_answered_by_the_policy_itself(folder: Path, recipe: Callable[..., Config]) -> None:
-    """Online DCO: candidates are what was sampled in either language, and what the model makes of it in the other."""
-    places = {"align": write_questions(folder / "open.jsonl", 8, choices=0), "evaluate": None}
-    candidates = {"form": "samples", "most": 3}
-    run = align(recipe("online", questions=places, candidates=candidates))
+@pytest.mark.slow
+def test_candidates_for_open_questions_are_sampled(folder: Path, recipe: Callable[..., Config]) -> None:
+    """Online DCO: candidates are completions in either language and the model's translations into the other."""
+    sources = {"align": write_questions(folder / "open.jsonl", 8, choices=0), "evaluate": None}
+    candidates = {"form": "samples", "max_candidates": 3}
+    run = align(recipe("online", questions=sources, candidates=candidates))
     completions: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for row in rows_of(run.stage(1, "sample").read()):
         completions[row["question_id"], row["language"]].append((row["text"], row["token_ids"]))
-    sets = scored_in(run.stage(1, "score"))
-    asked, sampled_in = {question_id for question_id, _ in sets}, set[str]()
-    for question_id in asked:
-        rows = {code: sets[question_id, code] for code in ("en", "fr")}
+    scored = scored_in(run.stage(1, "score"))
+    ids, sampled_in = {question_id for question_id, _ in scored}, set[str]()
+    for question_id in ids:
+        rows = {code: scored[question_id, code] for code in ("en", "fr")}
         lists = {code: list(zip(row["texts"], row["token_ids"], strict=True)) for code, row in rows.items()}
         assert len(lists["en"]) == len(lists["fr"]) in (2, 3)
         for index in range(len(lists["en"])):
-            own = {code for code, side in lists.items() if side[index] in completions[question_id, code]}
-            assert own
-            sampled_in |= own
+            own_languages = {code for code, side in lists.items() if side[index] in completions[question_id, code]}
+            assert own_languages
+            sampled_in |= own_languages
     assert sampled_in == {"en", "fr"}
-    assert {row["question_id"] for row in pairs_of(run, 1)} == asked
-    assert loss_of_targets(run, 1) > 0
+    assert {row["question_id"] for row in pairs_of(run, 1)} == ids
+    assert first_loss(run, 1) > 0
     assert policies_in(run.stage(1, "reference_score")) == {"base"}
     assert policies_in(run.stage(1, "score")) == {run.summary["rounds"][1]["policy"]}
     assert set(run.summary["rounds"][1]["optimal"]) == {"training"}
 
 
-def test_a_step_of_full_fine_tuning(recipe: Callable[..., Config]) -> None:
+@pytest.mark.slow
+def test_full_fine_tuning(recipe: Callable[..., Config]) -> None:
     train = {"lora": None, "epochs": 1, "learning_rate": 1e-4, "workers": 2}
     run = align(recipe("full", train=train, engines={"refresh": "merged"}, candidates={"pairs": 1}))
     assert len(pairs_of(run, 1)) == 8 * 2
-    assert loss_of_targets(run, 1) > 0
+    assert first_loss(run, 1) > 0
     assert run.stage(1, "train").record["policy"]["kind"] == "weights"
     assert policies_in(run.stage(1, "score")) == {run.summary["rounds"][1]["policy"]}
     before, after = (entry["optimal"]["training"]["margin_distance"] for entry in run.summary["rounds"])
     assert after < before
 
 
-def test_without_rounds_the_optimal_policy_is_shown(recipe: Callable[..., Config]) -> None:
+@pytest.mark.slow
+def test_zero_rounds_report_only_the_optimal_policy(recipe: Callable[..., Config]) -> None:
     run = align(recipe("probe", rounds=0, dco={"anchor": {"language": "en", "strength": 100.0}}))
     (entry,) = run.summary["rounds"]
     assert entry["policy"] == "base"
     optimal = entry["optimal"]["held_out"]
     assert optimal["margin_distance"] > 0
-    # An anchor that hardly follows answers as it did, and the other language as the anchor.
+    # A strong anchor keeps its own answers, and the other language adopts them.
     assert optimal["accuracy"]["en"] == optimal["accuracy"]["fr"] == entry["accuracy"]["en"]
     assert run.storage.under("rounds").names() == ["0"]
 
 
 @pytest.fixture(scope="module")
 def earlier(recipe: Callable[..., Config]) -> RunDirectory:
-    """A run of DPO on the right candidates, in three languages."""
+    """A DPO run with gold answers, in three languages."""
     return align(recipe("earlier", method="dpo_gold", languages=LANGUAGES))
 
 
-def test_gold_answers_are_chosen_over_the_other_candidates(earlier: RunDirectory) -> None:
+@pytest.mark.slow
+def test_gold_answers_are_chosen_over_all_other_candidates(earlier: RunDirectory) -> None:
     scored, pairs = scored_in(earlier.stage(0, "score")), pairs_of(earlier, 1)
-    assert len(pairs) == 8 * 3 * 3  # a pair for each wrong candidate in each language
+    assert len(pairs) == 8 * 3 * 3  # one pair per wrong candidate and language
     for row in pairs:
-        asked = scored[row["question_id"], row["language"]]
-        assert row["chosen"] == asked["texts"][asked["right"]] != row["rejected"]
+        question = scored[row["question_id"], row["language"]]
+        assert row["chosen"] == question["texts"][question["right"]] != row["rejected"]
         assert row["target_margin"] is None
 
 
-def test_a_run_goes_on_from_an_earlier_one(earlier: RunDirectory, recipe: Callable[..., Config]) -> None:
-    """With DCO in three languages, of which each pair of candidates is compared in two."""
+@pytest.mark.slow
+def test_run_starts_from_an_earlier_policy(earlier: RunDirectory, recipe: Callable[..., Config]) -> None:
+    """With bilingual DCO in three languages: each pair of candidates is compared in two of them."""
     run = align(
         recipe(
             "later", languages=LANGUAGES, init_from="earlier", candidates={"pairs": 2}, dco={"languages": "bilingual"}
@@ -259,12 +268,12 @@ def test_a_run_goes_on_from_an_earlier_one(earlier: RunDirectory, recipe: Callab
     assert all(run.storage.read(f"start/{file.name}") == file.read_bytes() for file in folder.iterdir())
     pairs = pairs_of(run, 1)
     assert {row["policy"] for row in pairs} == policies_in(run.stage(0, "evaluate")) == {start.name}
-    assert loss_of_targets(run, 1) > 0
+    assert first_loss(run, 1) > 0
     first = run.summary["rounds"][0]
     assert first["policy"] == start.name
     for name in ("accuracy", "rankc"):
         assert first[name] == pytest.approx(last[name])
-    assert "optimal" not in first  # each two of the three languages have their own
+    assert "optimal" not in first  # every two of the three languages have their own
     languages: dict[tuple[str, int], set[str]] = defaultdict(set)
     for row in pairs:
         languages[row["question_id"], row["pair"]].add(row["language"])
@@ -273,17 +282,18 @@ def test_a_run_goes_on_from_an_earlier_one(earlier: RunDirectory, recipe: Callab
     assert len({frozenset(codes) for codes in languages.values()}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": {"lora": {"r": 16}}}, r"train.lora must be as it is in .*earlier: r=8"),
-        ({"train": {"lora": None}, "engines": {"refresh": "merged"}}, r"train.lora must be as it is in .*earlier: r=8"),
-        ({"model": "another"}, r"init_from: .*earlier trained .*/model, and model is .*/another here"),
+        ({"train": {"lora": {"r": 16}}}, r"train.lora must match that of .*earlier: r=8"),
+        ({"train": {"lora": None}, "engines": {"refresh": "merged"}}, r"train.lora must match that of .*earlier: r=8"),
+        ({"model": "another"}, r"init_from: .*earlier trained .*/model, but model is .*/another here"),
         ({"init_from": "nowhere"}, r"init_from: .*nowhere: there is no run here"),
         ({"init_from": "probe/rounds"}, r"init_from: .*probe/rounds: there is no run here"),
     ],
 )
-def test_what_cannot_be_gone_on_from_is_refused_before_engines_start(
+def test_incompatible_init_from_is_refused_before_engines_start(
     earlier: RunDirectory, recipe: Callable[..., Config], folder: Path, changes: dict[str, Any], message: str
 ) -> None:
     if "model" in changes:
@@ -294,7 +304,8 @@ def test_what_cannot_be_gone_on_from_is_refused_before_engines_start(
     assert not Path(config.storage, "refused").exists()
 
 
-def test_a_run_does_not_go_on_from_itself(earlier: RunDirectory, recipe: Callable[..., Config]) -> None:
+@pytest.mark.slow
+def test_run_cannot_start_from_itself(earlier: RunDirectory, recipe: Callable[..., Config]) -> None:
     with pytest.raises(InputError, match="is this run itself"):
         align(recipe("earlier", init_from="earlier"), overwrite=True)
     assert earlier.storage.exists("finished.json")

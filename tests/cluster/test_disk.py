@@ -1,4 +1,4 @@
-"""`calm-ray questions | pairs | stats` on files, as a user calls them, and what only a whole run shows."""
+"""`calm-ray questions | pairs | stats` on files as a user would call them, and related whole runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAIR_COLUMNS = [
 ]  # fmt: skip
 
 
-def test_the_published_job_from_the_published_samples(
+def test_published_samples_give_the_published_pairs(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = str(data / "calm_xcsqa" / "samples")
@@ -36,19 +36,19 @@ def test_the_published_job_from_the_published_samples(
     assert stats["accuracy_by_language"]["cn"] == pytest.approx(0.5206, abs=1e-4)
     assert stats["vote_accuracy"] == pytest.approx(0.6696, abs=1e-4)
     assert (stats["consistency"], stats["ac3"]) == pytest.approx((0.5773, 0.5823), abs=1e-4)
-    shown = capsys.readouterr().out
-    assert "chosen right 56.5, rejected right 19.2, both wrong 24.3 percent" in shown
-    # Again into the same folder: refused before anything is done.
+    output = capsys.readouterr().out
+    assert "chosen right 56.5, rejected right 19.2, both wrong 24.3 percent" in output
+    # Existing pairs are not overwritten.
     assert main(["pairs", "--completions", samples, "--out", str(out)]) == 2
-    assert "pairs.parquet is there already" in capsys.readouterr().err
+    assert "pairs.parquet already exists" in capsys.readouterr().err
     files = [str(path) for path in sorted(Path(samples).iterdir())]
     assert main(["stats", *files, "--set", "ties=smallest", "--json"]) == 0
     strict = json.loads(capsys.readouterr().out)
     assert set(strict["pairs_by_language"]) == {"en", "zh", "fr", "de", "it", "ja"}
-    assert "carried" in strict
+    assert "translated" in strict
 
 
-def test_bad_rows_are_listed_beside_the_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_rows_are_listed_next_to_the_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = {
         "instruction": "?",
         "input": "Q?\nA. x\nB. y",
@@ -58,14 +58,14 @@ def test_bad_rows_are_listed_beside_the_pairs(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "mine_en.json").write_text(json.dumps([good, {**good, "pred": None}]))
     command = ["pairs", "--completions", str(tmp_path / "mine_en.json"), "--out", str(tmp_path / "out")]
     assert main(command) == 2
-    assert "mine_en.json, row 2: field 'pred' must be a list" in capsys.readouterr().err
+    assert "mine_en.json, row 2: field 'pred' must be a non-empty list" in capsys.readouterr().err
     assert main([*command, "--on-bad-row", "skip"]) == 0
     (bad,) = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
     assert (bad["row"], bad["file"]) == (2, str(tmp_path / "mine_en.json"))
     assert len(pq.read_table(tmp_path / "out" / "pairs.parquet")) == 1
 
 
-def test_questions_are_described(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_command_summarizes_a_source(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["questions", str(data / "bmlama17"), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["format"], summary["rows"], summary["kept"]) == ("bmlama", 8 * 6792, 8 * 6792)
@@ -73,27 +73,26 @@ def test_questions_are_described(data: Path, tmp_path: Path, capsys: pytest.Capt
     assert "6,792" in capsys.readouterr().out
     (tmp_path / "bad_en.jsonl").write_text('{"question_id": "1", "language": "en", "text": "?", "choices": ["a"]}\n')
     assert main(["questions", str(tmp_path / "bad_en.jsonl")]) == 2
-    said = capsys.readouterr()
-    assert "bad_en.jsonl, row 1: a question must have 2 to 26 choices" in said.err
+    assert "bad_en.jsonl, row 1: a question must have 2 to 26 choices" in capsys.readouterr().err
     assert main(["questions", str(tmp_path / "bad_en.jsonl"), "--on-bad-row", "skip"]) == 0
 
 
 @pytest.fixture(scope="module")
 def gold_run(make_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A run that trains on right pairs alone, on questions that were split, with bad rows, released extraction."""
+    """A run of `dpo_gold`, which only trains on pairs whose chosen answer is correct."""
     folder = tmp_path_factory.mktemp("gold")
     return align(make_recipe, folder, "gold", method="dpo_gold")
 
 
 def align(make_recipe: Callable[..., Path], folder: Path, name: str, **changes: Any) -> RunDirectory:
+    """Runs a recipe with these changes."""
     recipe = make_recipe(name=name, storage=str(folder), **changes)
     assert main(["align", str(recipe)]) == 0
     return RunDirectory(str(folder), name)
 
 
-def test_a_gold_baseline_trains_on_right_pairs_alone(
-    gold_run: RunDirectory, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_gold_baseline_trains_on_correct_pairs(gold_run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     gold = {row["question_id"]: row["gold"] for row in rows_of(gold_run.questions("align").read())}
     pairs = rows_of(gold_run.stage(1, "pairs").read())
     assert pairs
@@ -107,17 +106,19 @@ def test_a_gold_baseline_trains_on_right_pairs_alone(
     assert "round 7 has no pairs yet" in capsys.readouterr().err
 
 
-def test_a_runs_samples_give_its_own_pairs_again(gold_run: RunDirectory, tmp_path: Path) -> None:
-    """The vote over all pairs; the run itself kept the right ones."""
+@pytest.mark.slow
+def test_pairs_from_a_runs_samples_include_its_own(gold_run: RunDirectory, tmp_path: Path) -> None:
+    """The command pairs by vote, while the run kept only the correct pairs."""
     sample = gold_run.stage(1, "sample").storage.uri()
     assert main(["pairs", "--completions", sample, "--out", str(tmp_path / "out")]) == 0
-    made = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
+    exported = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
     key = ("question_id", "language", "chosen_answer", "rejected_answer", "rejected")
     kept = {tuple(row[name] for name in key) for row in rows_of(gold_run.stage(1, "pairs").read())}
-    assert kept <= {tuple(row[name] for name in key) for row in made}
+    assert kept <= {tuple(row[name] for name in key) for row in exported}
 
 
-def test_split_questions_bad_rows_and_other_languages_to_ask_in(
+@pytest.mark.slow
+def test_split_with_bad_rows_and_more_evaluation_languages(
     make_recipe: Callable[..., Path], question_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     lines = question_files[0].read_text().splitlines()
@@ -143,10 +144,11 @@ def test_split_questions_bad_rows_and_other_languages_to_ask_in(
     assert run.config["preferences"]["extraction"] == "released"
 
 
-def test_questions_that_the_model_cannot_translate_do_not_vote(
+@pytest.mark.slow
+def test_questions_that_fail_to_translate_do_not_vote(
     make_recipe: Callable[..., Path], question_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The small model knows nothing of translating: its replies fail, through real engines, and the run goes on."""
+    """The small model cannot translate, so every reply of the real engines is rejected; the run still completes."""
     rows = [json.loads(line) for line in question_files[0].read_text().splitlines()]
     file = tmp_path / "english.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows if row["language"] == "en"))

@@ -1,4 +1,4 @@
-"""vLLM engines in Ray actors: pools, seeds, and policies that are taken while they run."""
+"""vLLM engines in Ray actors: pools, seeds, switching policies, failures."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def sample(pool: EnginePool, run: RunDirectory, output: Stage, seed: int = 0) ->
         for code in LANGUAGES
     ]
     decoding = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=40)
-    for _ in pool.run(Sample(decoding, seed, round_number=1, instruction=False), Dispatcher(tasks, most_bad=0)):
+    for _ in pool.run(Sample(decoding, seed, round_number=1, instruction=False), Dispatcher(tasks, max_bad=0)):
         pass
     return rows_of(output.read())
 
 
-def test_a_pool_for_each_language_samples_every_question(pool: EnginePool, run: RunDirectory) -> None:
+def test_pool_per_language_samples_every_question(pool: EnginePool, run: RunDirectory) -> None:
     assert [replica.home for replica in pool.replicas] == ["en", "fr"]
     rows = sample(pool, run, run.stage(1, "sample"))
     ids = [(row["question_id"], row["language"], row["sample"]) for row in rows]
@@ -85,32 +85,30 @@ def test_a_pool_for_each_language_samples_every_question(pool: EnginePool, run: 
         assert "<eos>" not in row["text"]
 
 
-def test_a_completion_keeps_the_log_probability_of_its_tokens(
+def test_completion_records_the_log_probability_of_its_tokens(
     pool: EnginePool, run: RunDirectory, babbler: Path
 ) -> None:
-    """Of all of them, the end-of-sequence token included, before top-p has cut anything off."""
+    """Of all tokens including end-of-sequence, from the distribution before top-p."""
     model = AutoModelForCausalLM.from_pretrained(babbler).eval()
     for row in sample(pool, run, Stage(run.storage.under("logps")))[:20]:
         tokens = torch.tensor([[*row["prompt_token_ids"], *row["token_ids"]]])
         with torch.no_grad():
             logps = model(tokens).logits.log_softmax(-1)[0, len(row["prompt_token_ids"]) - 1 : -1]
-        own = logps.gather(1, torch.tensor(row["token_ids"])[:, None]).sum()
-        assert row["logp"] == pytest.approx(own.item(), abs=1e-3)
+        expected = logps.gather(1, torch.tensor(row["token_ids"])[:, None]).sum()
+        assert row["logp"] == pytest.approx(expected.item(), abs=1e-3)
 
 
-def test_the_same_seed_samples_the_same_text(pool: EnginePool, run: RunDirectory) -> None:
+def test_same_seed_samples_the_same_text(pool: EnginePool, run: RunDirectory) -> None:
     first = [row["token_ids"] for row in sample(pool, run, Stage(run.storage.under("again/a")), seed=7)]
     second = [row["token_ids"] for row in sample(pool, run, Stage(run.storage.under("again/b")), seed=7)]
     third = [row["token_ids"] for row in sample(pool, run, Stage(run.storage.under("again/c")), seed=8)]
     same = sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
-    # Batches differ between runs, and with them the last digits of probabilities.
+    # Batches differ between runs, and so do the last digits of probabilities.
     assert same > 0.9
     assert sum(a == b for a, b in zip(first, third, strict=True)) / len(first) < 0.5
 
 
-def test_a_new_policy_is_taken_by_running_engines(
-    pool: EnginePool, run: RunDirectory, babbler: Path, tmp_path: Path
-) -> None:
+def test_running_engines_switch_policies(pool: EnginePool, run: RunDirectory, babbler: Path, tmp_path: Path) -> None:
     before = sample(pool, run, Stage(run.storage.under("swap/before")), seed=7)
     policies = [make_adapter(babbler, tmp_path / str(n), run, n, LORA) for n in (1, 2)]
     texts = []
@@ -128,36 +126,38 @@ def test_a_new_policy_is_taken_by_running_engines(
     assert pool.starts == len(pool.replicas) == 2
 
 
-def called_in(engine: EngineHandle, function: Callable[[Any], Any]) -> Any:
-    """Calls a function with the actor, in its process."""
+def call_in_process(engine: EngineHandle, function: Callable[[Any], Any]) -> Any:
+    """Calls `function(actor)` in the actor's process; returns an object reference."""
     actor: Any = engine.actor
     return actor.__ray_call__.remote(function)
 
 
-def asleep(pool: EnginePool) -> list[bool]:
-    return ray.get([called_in(replica.engine, lambda engine: engine.generator.is_asleep) for replica in pool.replicas])
+def are_asleep(pool: EnginePool) -> list[bool]:
+    engines = [replica.engine for replica in pool.replicas]
+    return ray.get([call_in_process(engine, lambda actor: actor.generator.is_asleep) for engine in engines])
 
 
-def test_engines_sleep_while_their_gpus_are_needed_and_serve_again(pool: EnginePool, run: RunDirectory) -> None:
-    """The order of things; on CPUs there is no memory to give back."""
+def test_engines_sleep_and_serve_again(pool: EnginePool, run: RunDirectory) -> None:
+    """Only the sequence of calls: on CPUs, sleeping frees no memory."""
     pool.wait_for_all()
     with pool.asleep():
-        assert asleep(pool) == [True, True]
-    assert asleep(pool) == [False, False]
+        assert are_asleep(pool) == [True, True]
+    assert are_asleep(pool) == [False, False]
     assert len(sample(pool, run, Stage(run.storage.under("awake")))) == 24 * 2 * 3
 
 
-def test_an_engine_that_dies_is_started_again_once(pool: EnginePool, run: RunDirectory) -> None:
+@pytest.mark.slow
+def test_dead_engine_is_restarted_once(pool: EnginePool, run: RunDirectory) -> None:
     pool.wait_for_all()
     before = pool.starts
-    os.kill(ray.get(called_in(pool.replicas[0].engine, lambda engine: os.getpid())), signal.SIGKILL)
+    os.kill(ray.get(call_in_process(pool.replicas[0].engine, lambda actor: os.getpid())), signal.SIGKILL)
     assert len(sample(pool, run, Stage(run.storage.under("killed")))) == 24 * 2 * 3
     pool.wait_for_all()
     assert pool.starts == before + 1
 
 
-class OnlyHere(ChunkRequest[Question, Completion]):
-    """A request of a method's own, whose module the engines' nodes lack."""
+class LocalRequest(ChunkRequest[Question, Completion]):
+    """A plug-in's request, whose module the engines cannot import."""
 
     def serve(
         self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()
@@ -165,33 +165,33 @@ class OnlyHere(ChunkRequest[Question, Completion]):
         return Served(Completion, [])
 
 
-def mistaken() -> ChunkRequest[Question, Completion]:
-    """A request with a mistake in its code; of a local class, so that Ray ships it whole."""
+def buggy_request() -> ChunkRequest[Question, Completion]:
+    """A request whose code raises. Its class is local, so that Ray pickles it by value."""
 
-    class Mistaken(ChunkRequest[Question, Completion]):
+    class Buggy(ChunkRequest[Question, Completion]):
         def serve(
             self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()
         ) -> Served[Completion]:
             return Served(Completion, [row["completion"] for row in rows])  # type: ignore[typeddict-item]
 
-    return Mistaken()
+    return Buggy()
 
 
 @pytest.mark.parametrize(
-    ("request_of", "message"),
+    ("make_request", "message"),
     [
-        (mistaken, "the request Mistaken failed: KeyError: 'completion'"),
-        (OnlyHere, "cannot import test_engines: a plug-in must be installed on every node"),
+        (buggy_request, "the request Buggy failed: KeyError: 'completion'"),
+        (LocalRequest, "cannot import test_engines: a plug-in must be installed on every node"),
     ],
 )
-def test_a_mistake_in_a_request_is_no_engines_fault(
-    pool: EnginePool, run: RunDirectory, request_of: Callable[[], ChunkRequest[Question, Completion]], message: str
+def test_bug_in_a_request_is_not_blamed_on_the_engine(
+    pool: EnginePool, run: RunDirectory, make_request: Callable[[], ChunkRequest[Question, Completion]], message: str
 ) -> None:
     pool.wait_for_all()
     before, questions = pool.starts, run.questions("align")
-    task = ChunkTask(questions, Stage(run.storage.under("mistaken")), min(questions.chunks()), "en", pool.policy)
+    task = ChunkTask(questions, Stage(run.storage.under("buggy")), min(questions.chunks()), "en", pool.policy)
     with pytest.raises(CalmRayError, match=message):
-        list(pool.run(request_of(), Dispatcher([task], most_bad=0)))
+        list(pool.run(make_request(), Dispatcher([task], max_bad=0)))
     assert pool.starts == before
 
 
@@ -203,46 +203,47 @@ def is_up(engine: Any) -> bool:
     return True
 
 
-def test_an_engine_that_is_starting_waits_while_the_others_sleep_and_is_waited_for_by_the_text_service(
-    pool: EnginePool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_starting_engine_waits_until_the_others_wake(pool: EnginePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the text service waits for the starting engine."""
     monkeypatch.setattr("calm_ray.engines.pool.WAIT_SECONDS", 0.0)
     pool.wait_for_all()
     before, one = pool.starts, pool.replicas[0]
     ray.kill(one.engine.actor, no_restart=False)
-    while one.health is not Health.RESTARTING:
-        one.becomes(Health.STALE)  # so that it is told something, and at last found dead
+    while one.health is not Health.STARTING:
+        one.becomes(Health.STALE)  # makes the pool call the engine, and so find it dead
         pool._drive_until(lambda: one.health is not Health.STALE)
     while pool.starts == before:
         time.sleep(0.1)
-    begun = pool.starts
+    starts = pool.starts
     with pool.asleep():
-        while pool.starts == begun:
-            assert not is_up(one.engine.actor), "it has loaded the model though the GPU is not its own"
+        while pool.starts == starts:
+            assert not is_up(one.engine.actor), "it loaded the model while the pool was asleep"
             time.sleep(0.1)
     monkeypatch.setattr("calm_ray.engines.pool.WAIT_SECONDS", 600.0)
     assert len(pool.text_service.engines) == len(pool.replicas) == 2
     assert len(pool.text_service(["w1 w2", "w3 w4 w5"], 4)) == 2
 
 
-def test_what_is_waited_for_is_said_though_another_engine_is_up(
+@pytest.mark.slow
+def test_waiting_is_logged_even_if_another_engine_is_up(
     ray_8_cpus: None, babbler: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Said(Exception): ...
+    class Logged(Exception): ...
 
     def say(line: str) -> None:
         if line.startswith("waiting for engines: 1 to start, each needs 5 CPU on one node"):
-            raise Said
+            raise Logged
 
     monkeypatch.setattr("calm_ray.engines.pool.WAIT_SECONDS", 0.0)
-    with pytest.raises(Said):
+    with pytest.raises(Logged):
         EnginePool(spec(babbler, shared=2, min_engines=2, cpus=5), LANGUAGES, say)
 
 
-def start_scribes(count: int, heartbeats: Any, once: Path) -> list[Any]:
-    """Actors that stand where engines do. The first part of all hangs, and every engine dies of the word poison."""
+def start_fake_engines(count: int, heartbeats: Any, once: Path) -> list[Any]:
+    """Actors that reply in upper case. The first call of all hangs, and the message "poison" kills any actor."""
 
-    class Scribe:
+    class FakeEngine:
         def __init__(self, number: int) -> None:
             self._number = number
             ray.get(heartbeats.started.remote(number, ray.get_runtime_context().get_node_id()))
@@ -257,23 +258,22 @@ def start_scribes(count: int, heartbeats: Any, once: Path) -> list[Any]:
                 os._exit(1)
             return [message.upper() for message in request.messages]
 
-    return [ray.remote(num_cpus=0, max_restarts=-1)(Scribe).remote(number) for number in range(count)]
+    return [ray.remote(num_cpus=0, max_restarts=-1)(FakeEngine).remote(number) for number in range(count)]
 
 
-def test_the_text_service_replaces_an_engine_that_hangs_and_does_without_the_message_that_all_die_of(
-    ray_8_cpus: None, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_text_service_restarts_hung_engines_and_skips_deadly_messages(ray_8_cpus: None, tmp_path: Path) -> None:
     heartbeats = ray.remote(num_cpus=0)(Heartbeats).remote()
-    engines = start_scribes(2, heartbeats, tmp_path / "once")
+    engines = start_fake_engines(2, heartbeats, tmp_path / "once")
     handles = [EngineHandle(actor) for actor in engines]
-    text_service = TextService(handles, Policy(), heartbeats, seconds=3600, silent_seconds=20)
+    text_service = TextService(handles, Policy(), heartbeats, seconds=3600, heartbeat_timeout_s=20)
     assert text_service(["one", "two", "three", "poison", "four"], 8) == ["ONE", "TWO", "THREE", None, "FOUR"]
     for actor in [*engines, heartbeats]:
         ray.kill(actor)
 
 
 def scoring_engine() -> type[EngineActor]:
-    """An engine that also tells the log-probabilities of given tokens; a local class, so that Ray ships it whole."""
+    """An engine that also scores given tokens. The class is local, so that Ray pickles it by value."""
 
     class ScoringEngine(EngineActor):
         def logps(self, tokens: list[int]) -> list[float]:
@@ -291,12 +291,11 @@ def scoring_engine() -> type[EngineActor]:
     return ScoringEngine
 
 
-def what_it_says(model: Path, question: Question) -> list[int]:
-    """The tokens of a question and of the model's own answer to it."""
+def prompt_and_answer(model: Path, question: Question) -> list[int]:
+    """Token ids of a question and the model's greedy answer to it."""
     prompt = AutoTokenizer.from_pretrained(model)(prompt_text(question, False), return_tensors="pt")
-    speaker: Any = AutoModelForCausalLM.from_pretrained(model)
-    whole = speaker.generate(**prompt, max_new_tokens=40, do_sample=False)
-    return whole[0].tolist()
+    language_model: Any = AutoModelForCausalLM.from_pretrained(model)
+    return language_model.generate(**prompt, max_new_tokens=40, do_sample=False)[0].tolist()
 
 
 def peft_logps(model: Path, adapter: Path, tokens: list[int]) -> torch.Tensor:
@@ -306,9 +305,11 @@ def peft_logps(model: Path, adapter: Path, tokens: list[int]) -> torch.Tensor:
     return logps.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("refresh", ["adapter", "merged"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 2e-2)])
-def test_refreshed_engines_and_peft_give_the_same_log_probabilities(
+@pytest.mark.parametrize("refresh", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-3), pytest.param("bfloat16", 2e-2, marks=pytest.mark.slow)]
+)
+def test_refreshed_engine_matches_peft(
     ray_8_cpus: None,
     babbler: Path,
     question_files: tuple[Path, Path],
@@ -319,7 +320,7 @@ def test_refreshed_engines_and_peft_give_the_same_log_probabilities(
     tolerance: float,
 ) -> None:
     engine = ray.remote(num_cpus=0.5)(scoring_engine()).remote(spec(babbler, shared=1, dtype=dtype, refresh=refresh))
-    tokens = what_it_says(babbler, read_questions(str(question_files[0]), LANGUAGES)[0])
+    tokens = prompt_and_answer(babbler, read_questions(str(question_files[0]), LANGUAGES)[0])
     base = torch.tensor(ray.get(engine.logps.remote(tokens)))
     for number in (3, 4):
         policy = make_adapter(babbler, tmp_path / str(number), run, number, LORA)
@@ -328,7 +329,7 @@ def test_refreshed_engines_and_peft_give_the_same_log_probabilities(
         expected = peft_logps(babbler, tmp_path / str(number), tokens)
         differences = (engine_logps - expected).abs()
         difference = differences.mean()
-        print(f"{refresh} {dtype} round {number}: mean difference {difference:.2e}, most {differences.max():.2e}")
+        print(f"{refresh} {dtype} round {number}: mean difference {difference:.2e}, max {differences.max():.2e}")
         assert difference <= tolerance
         assert (engine_logps - base).abs().mean() > 10 * tolerance
     ray.kill(engine)

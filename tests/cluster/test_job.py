@@ -1,4 +1,4 @@
-"""Whole runs through `jobs/calm.py`, as a user starts them."""
+"""Whole runs through `jobs/calm.py`, as a user would start them."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def recipe(make_recipe: Callable[..., Path], storage: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(recipe: Path, storage: Path) -> tuple[RunDirectory, str]:
-    """A run of one round with one shared engine that is refreshed with merged weights, and what it printed."""
+    """A run of one round with one shared engine that loads merged weights, and its output."""
     output = run_job(recipe)
     return RunDirectory(str(storage), "whole"), output
 
 
-def test_a_round_leaves_all_that_was_promised(finished: tuple[RunDirectory, str]) -> None:
+def test_run_writes_a_complete_summary(finished: tuple[RunDirectory, str]) -> None:
     run, output = finished
     lines = output.strip().splitlines()
     assert lines[0] == lines[-1] == f"run: {run.uri}"
@@ -77,12 +77,11 @@ def test_a_round_leaves_all_that_was_promised(finished: tuple[RunDirectory, str]
     assert summary["rounds"][0]["vote_accuracy"] is not None
     assert summary["rounds"][1]["pairs"] > 0
     assert set(summary["rounds"][1]["seconds"]) == {"sample", "pairs", "train", "evaluate"}
-    about = run.storage.read_json("config.json")
-    assert about["versions"]["ray"]
+    assert run.storage.read_json("config.json")["versions"]["ray"]
     assert run.storage.read_json("finished.json") == {"engine_starts": 1, "engines": 1}
 
 
-def test_every_row_names_the_policy_that_wrote_it(finished: tuple[RunDirectory, str]) -> None:
+def test_rows_name_the_policy_that_wrote_them(finished: tuple[RunDirectory, str]) -> None:
     run, _ = finished
     policy = run.summary["rounds"][1]["policy"]
     assert {row["policy"] for row in rows_of(run.stage(1, "sample").read())} == {"base"}
@@ -90,20 +89,20 @@ def test_every_row_names_the_policy_that_wrote_it(finished: tuple[RunDirectory, 
     assert {row["policy"] for row in rows_of(run.stage(1, "evaluate").read())} == {policy}
 
 
-def test_the_first_loss_is_ln_2(finished: tuple[RunDirectory, str]) -> None:
+def test_first_loss_is_ln_2(finished: tuple[RunDirectory, str]) -> None:
     first = next(row for row in metrics(finished[0]) if "train/loss" in row)
     assert first["step"] == 1
     assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
-def test_what_is_finished_is_not_run_again(
+def test_finished_run_is_not_repeated(
     finished: tuple[RunDirectory, str], recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = finished
     before = run.storage.read("summary.json")
     assert main(["align", str(recipe)]) == 0
     output = capsys.readouterr().out
-    assert "it is finished" in output
+    assert "already finished" in output
     assert "engine" not in output
     assert run.storage.read("summary.json") == before
     assert main(["align", str(recipe), "train.beta=0.2"]) == 2
@@ -112,21 +111,21 @@ def test_what_is_finished_is_not_run_again(
     assert "--overwrite" in message
 
 
-def test_show_prints_a_question_from_its_languages_to_a_pair(
+def test_show_follows_a_question_to_its_pair(
     finished: tuple[RunDirectory, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = finished
     assert main(["show", run.uri]) == 0
     output = capsys.readouterr().out
     row = rows_of(run.stage(1, "pairs").read())[0]
-    for words in ("completions, round 1", "vote: ", "winner", "chosen", "rejected"):
-        assert words in output
+    for text in ("completions, round 1", "vote: ", "winner", "chosen", "rejected"):
+        assert text in output
     assert main(["show", run.uri, "--question", row["question_id"]]) == 0
     assert row["question_id"] in capsys.readouterr().out
     assert main(["show", run.uri, "--question", "nobody-asked"]) == 2
 
 
-def test_an_exported_policy_is_the_model_with_its_adapter(
+def test_exported_model_matches_the_model_with_adapter(
     finished: tuple[RunDirectory, str], babbler: Path, tmp_path: Path
 ) -> None:
     run, _ = finished
@@ -149,7 +148,7 @@ def test_an_exported_policy_is_the_model_with_its_adapter(
     assert main(["export", run.uri, str(tmp_path / "merged")]) == 2
 
 
-def test_a_policy_is_evaluated_again(
+def test_evaluate_reproduces_the_runs_accuracy(
     finished: tuple[RunDirectory, str],
     question_files: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],
@@ -162,11 +161,12 @@ def test_a_policy_is_evaluated_again(
     (folder,) = Path(run.storage.path("evaluations")).iterdir()
     record = json.loads((folder / policy / "stage.json").read_text())
     expected = run.summary["rounds"][1]
-    # The same questions to the same weights; their batches may differ, and with them a near tie.
+    # Same questions and weights, but different batches may decide a near tie differently.
     assert record["report"]["accuracy_mean"] == pytest.approx(expected["accuracy_mean"], abs=0.05)
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(make_recipe: Callable[..., Path], storage: Path) -> None:
+@pytest.mark.slow
+def test_interrupted_run_resumes_where_it_stopped(make_recipe: Callable[..., Path], storage: Path) -> None:
     recipe = make_recipe(
         name="stopped",
         storage=str(storage),
@@ -180,7 +180,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(make_recipe: Callable[..., 
     job.send_signal(signal.SIGINT)
     output, _ = job.communicate()
     assert job.returncode == 130, output
-    assert "the same command goes on" in output
+    assert "rerun the same command to resume" in output
     assert not run.storage.exists("finished.json")
     files = [*Path(run.storage.path("rounds/1/sample")).iterdir(), *Path(run.storage.path("rounds/1/pairs")).iterdir()]
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
@@ -191,14 +191,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(make_recipe: Callable[..., 
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @contextmanager
 def ray_head() -> Iterator[tuple[str, dict[str, str]]]:
-    """`ray start --head`; the address for jobs, and the environment. Ends its own processes only."""
+    """Runs `ray start --head`; yields the address for jobs and the environment. Stops only its own processes."""
     environment = {
         **os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64,
     }  # fmt: skip
@@ -223,9 +223,8 @@ def submit(address: str, environment: dict[str, str], *arguments: str) -> subpro
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_a_job_is_submitted_to_a_cluster_and_fails_when_it_fails(
-    make_recipe: Callable[..., Path], storage: Path
-) -> None:
+@pytest.mark.slow
+def test_submitted_jobs_succeed_or_fail_with_the_command(make_recipe: Callable[..., Path], storage: Path) -> None:
     with ray_head() as (address, environment):
         deadline = time.monotonic() + 120
         while (bad := submit(address, environment, "rounds=0")).returncode and "rounds: " not in bad.stdout:

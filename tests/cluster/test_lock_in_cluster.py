@@ -1,4 +1,4 @@
-"""Two drivers of one cluster on one run: real processes, joined to one Ray, one of them killed."""
+"""Several drivers of one cluster compete for a run: real processes, some of which are killed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ except InUseError as error:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    os.environ.setdefault("RAY_AUTH_TOKEN", "a" * 64)  # else Ray leaves one in the user's home
+    os.environ.setdefault("RAY_AUTH_TOKEN", "a" * 64)  # otherwise Ray writes a token to the user's home
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     yield cluster.address
     cluster.shutdown()
@@ -36,54 +36,55 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def driver(address: str) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
-    """Starts a driver that joins the cluster and takes the lock when it is told."""
-    started: list[subprocess.Popen[str]] = []
+    """Starts a driver that joins the cluster, and acquires and releases the lock when a line is sent to it."""
+    processes: list[subprocess.Popen[str]] = []
 
     def start(run: str) -> subprocess.Popen[str]:
         command, environment = [sys.executable, "-c", DRIVER, run], {**os.environ, "RAY_ADDRESS": address}
         process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        started.append(process)
-        assert answer(process) == "joined\n"
+        processes.append(process)
+        assert read_line(process) == "joined\n"
         return process
 
     yield start
-    for process in started:
+    for process in processes:
         process.kill()
         process.communicate()
 
 
-def tell(process: subprocess.Popen[str]) -> None:
+def send_line(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
 
 
-def answer(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline()
 
 
-def test_one_driver_until_it_ends_or_is_killed(driver: Callable[[str], subprocess.Popen[str]]) -> None:
+@pytest.mark.slow
+def test_run_is_locked_until_its_driver_ends_or_dies(driver: Callable[[str], subprocess.Popen[str]]) -> None:
     first, second, third, fourth = (driver("one") for _ in range(4))
-    tell(first)
-    assert answer(first) == "held\n"
-    tell(second)
-    refused = answer(second)
+    send_line(first)
+    assert read_line(first) == "held\n"
+    send_line(second)
+    refused = read_line(second)
     assert refused.startswith("refused s3://bucket/runs/one: in use in this cluster by process ")
     assert f"process {first.pid} on" in refused
     first.kill()
-    tell(third)
-    assert answer(third) == "held\n"
-    tell(third)  # it ends by itself
-    tell(fourth)
-    assert answer(fourth) == "held\n"
+    send_line(third)
+    assert read_line(third) == "held\n"
+    send_line(third)  # releases the lock
+    send_line(fourth)
+    assert read_line(fourth) == "held\n"
     other = driver("two")
-    tell(other)
-    assert answer(other) == "held\n"
+    send_line(other)
+    assert read_line(other) == "held\n"
 
 
-def test_of_two_that_take_it_at_once_one_has_it(driver: Callable[[str], subprocess.Popen[str]]) -> None:
+def test_only_one_of_two_simultaneous_drivers_gets_the_lock(driver: Callable[[str], subprocess.Popen[str]]) -> None:
     both = [driver("three") for _ in range(2)]
     for process in both:
-        tell(process)
-    assert sorted(answer(process).split()[0] for process in both) == ["held", "refused"]
+        send_line(process)
+    assert sorted(read_line(process).split()[0] for process in both) == ["held", "refused"]

@@ -1,4 +1,4 @@
-"""A run whose storage is an S3-compatible server, which this test starts."""
+"""Storage and whole runs on a local S3-compatible server (moto)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the server was asked, one request a line."""
+    """The server's log, one request per line."""
     return tmp_path_factory.mktemp("server") / "log"
 
 
 @pytest.fixture(scope="module")
 def bucket(requests: Path) -> Iterator[str]:
-    """The URI of an empty bucket; what reaches it is in the environment, as it would be for a real one."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    """The URI of an empty bucket. Endpoint and credentials are in the environment, as for a real one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
     with open(requests, "wb") as log:
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
@@ -48,16 +48,16 @@ def bucket(requests: Path) -> Iterator[str]:
         for name, value in environment.items():
             patch.setenv(name, value)
         try:
-            wait_for(port, server)
-            maker, _ = fs.FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
-            maker.create_dir("bucket")
+            wait_for_server(port, server)
+            filesystem, _ = fs.FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
+            filesystem.create_dir("bucket")
             yield "s3://bucket"
         finally:
             server.kill()
             server.wait()
 
 
-def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+def wait_for_server(port: int, server: subprocess.Popen[bytes]) -> None:
     while True:
         try:
             socket.create_connection(("127.0.0.1", port)).close()
@@ -68,12 +68,12 @@ def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
 
 
 def keys(storage: Storage) -> set[str]:
-    """All objects under the storage's root; a name that ends in a slash only says that there is a folder."""
+    """Keys of all objects under the storage's root, without folder markers."""
     found = storage.filesystem.get_file_info(fs.FileSelector(storage.path(), recursive=True))
     return {info.path.removeprefix(f"{storage.path()}/") for info in found if info.is_file}
 
 
-def test_files_and_folders(bucket: str, tmp_path: Path) -> None:
+def test_reading_writing_and_deleting_files(bucket: str, tmp_path: Path) -> None:
     storage = Storage(f"{bucket}/files/run")
     assert not storage.is_local
     assert storage.names() == storage.files("none") == []
@@ -100,7 +100,7 @@ def test_files_and_folders(bucket: str, tmp_path: Path) -> None:
     assert not storage.exists("")
 
 
-def test_tables(bucket: str) -> None:
+def test_reading_and_writing_tables(bucket: str) -> None:
     storage = Storage(f"{bucket}/tables")
     data = pa.table({"x": list(range(1000)), "y": ["a"] * 1000})
     storage.write_table("round=1/0.parquet", data)
@@ -110,7 +110,7 @@ def test_tables(bucket: str) -> None:
         storage.read_table("round=1/1.parquet")
 
 
-def test_folders_come_back_as_they_went(bucket: str, tmp_path: Path) -> None:
+def test_folder_is_unchanged_by_upload_and_download(bucket: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "empty").write_bytes(b"")
@@ -122,34 +122,35 @@ def test_folders_come_back_as_they_went(bucket: str, tmp_path: Path) -> None:
     assert [folder.name for folder in tmp_path.iterdir() if folder != source] == ["target"]
 
 
-def test_small_files_are_single_puts(bucket: str, requests: Path) -> None:
+def test_small_files_take_a_single_put(bucket: str, requests: Path) -> None:
     storage = Storage(f"{bucket}/puts")
     storage.write("small", b"content")
     storage.write("large", bytes(12 << 20))
-    asked = [line.split('"')[1].split() for line in requests.read_text().splitlines() if "/bucket/puts/" in line]
-    assert [(method, path) for method, path, _ in asked if "small" in path] == [("PUT", "/bucket/puts/small")]
-    assert len(asked) > 2
+    received = [line.split('"')[1].split() for line in requests.read_text().splitlines() if "/bucket/puts/" in line]
+    assert [(method, path) for method, path, _ in received if "small" in path] == [("PUT", "/bucket/puts/small")]
+    assert len(received) > 2
     assert len(storage.read("large")) == 12 << 20
 
 
-def test_a_bucket_that_is_not_there_is_named(bucket: str) -> None:
+def test_missing_bucket_is_named(bucket: str) -> None:
     with pytest.raises(StorageError, match=r"s3://none/runs/a could not be written.*NO_SUCH_BUCKET"):
         Storage("s3://none/runs").write("a", b"")
 
 
-def test_no_lock_file_is_left_in_a_bucket(bucket: str) -> None:
+def test_buckets_have_no_lock_files(bucket: str) -> None:
     storage = Storage(f"{bucket}/locks/run")
-    with locked(storage, print), locked(storage, print):  # the lock within a cluster is all there is
+    with locked(storage, print), locked(storage, print):  # only the lock within a cluster applies
         assert Storage(f"{bucket}/locks").names() == []
 
 
 def start_job(recipe: Path) -> subprocess.Popen[str]:
-    """In a process of its own, whose Ray hands the environment to its workers."""
+    """Starts the run in a new process, whose Ray passes the environment on to its workers."""
     command = [sys.executable, str(ROOT / "jobs" / "calm.py"), str(recipe)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_a_run_is_interrupted_and_gone_on_with(
+@pytest.mark.slow
+def test_interrupted_run_resumes(
     bucket: str, make_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe(name="small", storage=f"{bucket}/runs", train={"workers": 1})
@@ -170,7 +171,7 @@ def test_a_run_is_interrupted_and_gone_on_with(
     assert [entry["round"] for entry in run.summary["rounds"]] == [0, 1]
     assert not [key for key in keys(run.storage) if "tmp" in key]
     assert main(["align", str(recipe)]) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert main(["show", run.uri]) == 0
     assert "completions, round 1" in capsys.readouterr().out
     assert main(["export", run.uri, str(tmp_path / "merged")]) == 0

@@ -1,4 +1,4 @@
-"""The method of docs/architecture.md, in a package outside calm_ray: planned, run, killed, resumed, shown."""
+"""The example method of docs/architecture.md as a plug-in package: planned, run, killed, resumed and shown."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from calm_ray.core.rows import rows_of
 from calm_ray.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
-OWN = {"method": "shorter:SHORTER", "plugins": ["shorter"], "short": {"difference": 2}}
+PLUGIN = {"method": "shorter:SHORTER", "plugins": ["shorter"], "short": {"difference": 2}}
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that the page shows, as the package `shorter`."""
+    """The page's example as the package `shorter`."""
     page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     (source,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     file = tmp_path_factory.mktemp("plugins") / "shorter" / "__init__.py"
@@ -39,10 +39,11 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(make_recipe: Callable[..., Path], storage: Path) -> Path:
-    return make_recipe(name="shorter", storage=str(storage), **OWN)
+    return make_recipe(name="shorter", storage=str(storage), **PLUGIN)
 
 
-def start(package: Path, *arguments: str | Path) -> subprocess.Popen[str]:
+def start_calm_ray(package: Path, *arguments: str | Path) -> subprocess.Popen[str]:
+    """Starts the command line in a new session, with the package on its path."""
     return subprocess.Popen(
         [str(Path(sys.executable).parent / "calm-ray"), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package.parents[1]), os.environ.get("PYTHONPATH", "")])},
@@ -53,8 +54,9 @@ def start(package: Path, *arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def command(package: Path, *arguments: str | Path, code: int = 0) -> str:
-    process = start(package, *arguments)
+def calm_ray(package: Path, *arguments: str | Path, code: int = 0) -> str:
+    """Runs the command line, checks its exit code and returns the output."""
+    process = start_calm_ray(package, *arguments)
     output, _ = process.communicate()
     assert process.returncode == code, output
     return output
@@ -62,35 +64,35 @@ def command(package: Path, *arguments: str | Path, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def resumed(package: Path, recipe: Path, storage: Path) -> RunDirectory:
-    """A run whose driver, with all that it had started, was killed as soon as the pairs were there."""
+    """A run that was killed, with all its processes, once it had its pairs, and then resumed."""
     run = RunDirectory(str(storage), "shorter")
-    job = start(package, "align", recipe)
+    job = start_calm_ray(package, "align", recipe)
     while job.poll() is None and not run.stage(1, "pairs").is_finished:
         time.sleep(0.2)
     os.killpg(job.pid, signal.SIGKILL)
     job.communicate()
     assert not run.storage.exists("finished.json")
     before = run.storage.read("rounds/1/pairs/stage.json")
-    command(package, "align", recipe)
+    calm_ray(package, "align", recipe)
     assert run.storage.read("rounds/1/pairs/stage.json") == before
     return run
 
 
-def test_its_code_runs_only_where_the_recipe_allows_it(package: Path, recipe: Path) -> None:
-    output = command(package, "align", "--dry-run", recipe, "plugins=[]", code=2)
+def test_plugin_runs_only_if_the_recipe_allows_it(package: Path, recipe: Path) -> None:
+    output = calm_ray(package, "align", "--dry-run", recipe, "plugins=[]", code=2)
     assert "plugins: [shorter]" in output
     assert "Traceback" not in output
 
 
-def test_it_is_planned(package: Path, recipe: Path) -> None:
-    """In each of two languages at most one pair for each of 24 questions."""
-    plan = json.loads(command(package, "plan", recipe, "--json"))
+def test_plan_counts_the_plugins_pairs(package: Path, recipe: Path) -> None:
+    """At most one pair per question and language: 24 questions, two languages."""
+    plan = json.loads(calm_ray(package, "plan", recipe, "--json"))
     pairs = plan["round"]["steps"]["pairs"]
     assert (pairs["rows"], pairs["unit"]) == (48, "pairs")
     assert plan["round"]["steps"]["train"]["rows"] == 48
 
 
-def test_a_round_trains_on_its_pairs(resumed: RunDirectory) -> None:
+def test_round_trains_on_the_plugins_pairs(resumed: RunDirectory) -> None:
     rows = rows_of(resumed.stage(1, "pairs").read())
     assert rows
     assert all(len(row["rejected_token_ids"]) - len(row["chosen_token_ids"]) >= 2 for row in rows)
@@ -100,29 +102,30 @@ def test_a_round_trains_on_its_pairs(resumed: RunDirectory) -> None:
     assert {row["policy"] for row in rows_of(resumed.stage(1, "evaluate").read())} == {policy.name}
 
 
-def test_its_source_stands_in_the_run_and_must_not_change(package: Path, recipe: Path, resumed: RunDirectory) -> None:
-    (name, known), *others = resumed.storage.read_json("config.json")["config"]["plugins"].items()
+@pytest.mark.slow
+def test_changed_plugin_source_invalidates_the_run(package: Path, recipe: Path, resumed: RunDirectory) -> None:
+    (name, fingerprint), *others = resumed.storage.read_json("config.json")["config"]["plugins"].items()
     assert (name, others) == ("shorter", [])
-    assert len(known["sha256"]) == 64
+    assert len(fingerprint["sha256"]) == 64
     source = package.read_text()
     package.write_text(source.replace("chosen=own[0], rejected=own[-1]", "chosen=own[-1], rejected=own[0]"))
     try:
-        output = command(package, "align", recipe, code=2)
+        output = calm_ray(package, "align", recipe, code=2)
     finally:
         package.write_text(source)
     assert "plugins.shorter.sha256" in output
     assert "--redo" in output
-    assert "it is finished" in command(package, "align", recipe)
+    assert "already finished" in calm_ray(package, "align", recipe)
 
 
-def test_a_changed_setting_of_its_own_invalidates_its_step(package: Path, recipe: Path, resumed: RunDirectory) -> None:
-    output = command(package, "align", recipe, "short.difference=3", code=2)
+def test_changed_plugin_setting_invalidates_its_step(package: Path, recipe: Path, resumed: RunDirectory) -> None:
+    output = calm_ray(package, "align", recipe, "short.difference=3", code=2)
     assert "short.difference: 2 in the run, 3 in the recipe" in output
     assert "--redo" in output
 
 
-def test_show_prints_a_pair_where_its_code_may_run(package: Path, resumed: RunDirectory) -> None:
-    assert "--plugins shorter" in command(package, "show", resumed.uri, code=2)
-    output = command(package, "show", resumed.uri, "--plugins", "shorter")
+def test_show_needs_permission_to_run_the_plugin(package: Path, resumed: RunDirectory) -> None:
+    assert "--plugins shorter" in calm_ray(package, "show", resumed.uri, code=2)
+    output = calm_ray(package, "show", resumed.uri, "--plugins", "shorter")
     assert "chosen" in output
     assert "rejected" in output

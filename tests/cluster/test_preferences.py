@@ -1,4 +1,4 @@
-"""Votes and pairs on Ray Data: the same as the pure functions make, from completions alone."""
+"""Votes and pairs on Ray Data equal those of the pure functions, and depend only on completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from calm_ray.cluster.over_chunks import count_over, over_chunks
+from calm_ray.cluster.over_chunks import over_chunks, sum_over_chunks
 from calm_ray.core.rows import Completion, Question, rows_of, table
 from calm_ray.demo.generator import World, build_world, lexicon, world_questions
 from calm_ray.demo.tokenizer import build_tokenizer
@@ -19,14 +19,14 @@ from calm_ray.engines.health import Heartbeats
 from calm_ray.engines.replica import EngineHandle
 from calm_ray.engines.requests import Write
 from calm_ray.engines.text_service import TextService
-from calm_ray.methods.calm.pairs import carry_over, draft_pairs, finish_pairs
+from calm_ray.methods.calm.pairs import draft_pairs, finish_pairs, translate_winners
 from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.vote_and_pair import VoteJob
 from calm_ray.methods.calm.voting import ballots_of, elect, vote_rows
 from calm_ray.prompts.questions import LETTERS, prompt_text
 from calm_ray.prompts.rendering import encode_prompt
 from calm_ray.questions.reader import write_chunks
-from calm_ray.recipes import load_config
+from calm_ray.recipes.load import load_config
 from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
@@ -50,7 +50,7 @@ def questions() -> list[Question]:
 
 
 def completion(world: World, question: Question, sample: int, letter: str, prompt: list[int]) -> Completion:
-    """What a model that chooses `letter` says in this world."""
+    """A completion by a model that chooses `letter` in this world."""
     topic, name = question["question_id"].split("-")
     town = next(number for number in range(len(world.towns)) if world.name(number, "en").lower() == name)
     values = lexicon()["topics"][topic]["values"][question["language"]]
@@ -63,14 +63,18 @@ def completion(world: World, question: Question, sample: int, letter: str, promp
     )  # fmt: skip
 
 
-def service_of(engines: list[EngineHandle]) -> TextService:
+def make_text_service(engines: list[EngineHandle]) -> TextService:
     return TextService(
-        engines, Policy(), heartbeats=ray.remote(num_cpus=0)(Heartbeats).remote(), seconds=60, silent_seconds=60
+        engines,
+        Policy(),
+        heartbeats=ray.remote(num_cpus=0)(Heartbeats).remote(),
+        seconds=60,
+        heartbeat_timeout_s=60,
     )
 
 
 def make_job(folder: Path, model: Path, questions: list[Question], **changes: Any) -> VoteJob:
-    """A job on questions and on completions drawn at random, the same for the same question."""
+    """A job on these questions with random completions, which only depend on question and language."""
 
     def stage(name: str) -> Stage:
         return Stage(Storage(str(folder / name)))
@@ -79,7 +83,7 @@ def make_job(folder: Path, model: Path, questions: list[Question], **changes: An
         questions=stage("questions"), completions=stage("sample"), votes=stage("votes"), pairs=stage("pairs"),
         settings=load_config(None, ["world.seed=100", f"languages=[{', '.join(LANGUAGES)}]"]),
         preferences=Preferences(translator="world"), model=RunModel(str(model)), round_number=1,
-        text_service=service_of([]),
+        text_service=make_text_service([]),
     )  # fmt: skip
     write_chunks(questions, job.questions, prompts_per_chunk=8)
     world, tokenizer = build_world(100), build_tokenizer(build_world(100))
@@ -95,15 +99,13 @@ def make_job(folder: Path, model: Path, questions: list[Question], **changes: An
     return replace(job, **changes)
 
 
-def run(job: VoteJob) -> None:
+def run_job(job: VoteJob) -> None:
     list(over_chunks(job.make, sorted(job.questions.chunks())))
 
 
-def test_the_pipeline_writes_what_the_pure_functions_make(
-    tmp_path: Path, model: Path, questions: list[Question]
-) -> None:
+def test_pipeline_matches_the_pure_functions(tmp_path: Path, model: Path, questions: list[Question]) -> None:
     job = make_job(tmp_path, model, questions)
-    run(job)
+    run_job(job)
     groups: dict[str, list[Completion]] = {}
     for row in rows_of(job.completions.read()):
         groups.setdefault(row["question_id"], []).append(row)
@@ -114,7 +116,7 @@ def test_the_pipeline_writes_what_the_pure_functions_make(
         election = elect(ballots, job.preferences, 0)
         votes += vote_rows(ballots, election)
         drafts = draft_pairs(rows, ballots, election, job.preferences, 0)
-        texts = carry_over(drafts, lookup, WorldTranslator(build_world(100)))
+        texts = translate_winners(drafts, lookup, WorldTranslator(build_world(100)))
         pairs += finish_pairs(drafts, texts, lookup, build_tokenizer(build_world(100)), False, 1)
 
     def by_id(rows: list[Any]) -> list[Any]:
@@ -124,14 +126,14 @@ def test_the_pipeline_writes_what_the_pure_functions_make(
     written = by_id(rows_of(job.pairs.read()))
     assert written == by_id(pairs)
     assert {row["language"] for row in written} == set(LANGUAGES)
-    carried = [row for row in written if row["chosen_language"] != row["language"]]
-    assert carried
+    translated = [row for row in written if row["chosen_language"] != row["language"]]
+    assert translated
     for row in written:
         assert row["chosen_answer"] != row["rejected_answer"]
         assert row["chosen_token_ids"][-1] == row["rejected_token_ids"][-1] == 1
 
 
-def test_no_gold_answer_reaches_the_pairs(tmp_path: Path, model: Path, questions: list[Question]) -> None:
+def test_pairs_do_not_depend_on_gold_answers(tmp_path: Path, model: Path, questions: list[Question]) -> None:
     def with_gold(gold: str | None) -> list[Question]:
         return [Question(**{**row, "gold": gold}) for row in questions]
 
@@ -140,54 +142,55 @@ def test_no_gold_answer_reaches_the_pairs(tmp_path: Path, model: Path, questions
         for gold, rows in (("true", questions), ("C", with_gold("C")), ("none", with_gold(None)))
     ]
     for job in jobs:
-        run(job)
+        run_job(job)
     for chunk in jobs[0].questions.chunks():
         for other in jobs[1:]:
             assert other.pairs.read_chunk(chunk).equals(jobs[0].pairs.read_chunk(chunk))
             assert other.votes.read_chunk(chunk).equals(jobs[0].votes.read_chunk(chunk))
-    # What is reported does depend on gold: nobody says C.
-    reports = [count_over(job.count, sorted(job.questions.chunks())) for job in jobs]
+    # The reports do depend on gold: no completion answers C.
+    reports = [sum_over_chunks(job.count, sorted(job.questions.chunks())) for job in jobs]
     assert reports[0] != reports[1] != reports[2]
     assert reports[0]["pairs"] == reports[1]["pairs"] == reports[2]["pairs"] > 0
 
 
-def start_engines(count: int) -> list[EngineHandle]:
-    """Actors that stand where engines do and translate by a rule: into French they never can."""
+def start_fake_engines(count: int) -> list[EngineHandle]:
+    """Actors that translate by a rule, and always fail to translate into French."""
 
-    class Writer:
+    class FakeEngine:
         def write(self, request: Write, policy: Policy, ticket: int) -> list[str]:
-            return [self._one(message) for message in request.messages]
+            return [self._reply(message) for message in request.messages]
 
-        def _one(self, message: str) -> str:
+        def _reply(self, message: str) -> str:
             if "into French" in message:
                 return "Je ne sais pas."
             marker = "Answer:" if "into English" in message else "Ответ:"
             return f"{marker} {message.strip()[-1]}"
 
-    return [EngineHandle(ray.remote(num_cpus=0)(Writer).remote()) for _ in range(count)]
+    return [EngineHandle(ray.remote(num_cpus=0)(FakeEngine).remote()) for _ in range(count)]
 
 
-def test_the_model_translates_through_the_engines_and_is_checked(
+def test_engines_translate_and_bad_translations_are_dropped(
     tmp_path: Path, model: Path, questions: list[Question]
 ) -> None:
-    actors = start_engines(2)
-    how = Preferences(translator="model")
-    job = make_job(tmp_path, model, questions, preferences=how, text_service=service_of(actors))
-    run(job)
-    wanted, carried = (
+    engines = start_fake_engines(2)
+    preferences = Preferences(translator="model")
+    job = make_job(tmp_path, model, questions, preferences=preferences, text_service=make_text_service(engines))
+    run_job(job)
+    expected, translated = (
         [row for row in pairs if row["chosen_language"] != row["language"]]
-        for pairs in (exact_pairs(tmp_path / "exact", model, questions), rows_of(job.pairs.read()))
+        for pairs in (exactly_translated_pairs(tmp_path / "exact", model, questions), rows_of(job.pairs.read()))
     )
-    assert "fr" in {row["language"] for row in wanted}
-    assert {row["language"] for row in carried} == {row["language"] for row in wanted} - {"fr"}
-    for row in carried:
+    assert "fr" in {row["language"] for row in expected}
+    assert {row["language"] for row in translated} == {row["language"] for row in expected} - {"fr"}
+    for row in translated:
         assert row["chosen"] == f"{'Answer' if row['language'] == 'en' else 'Ответ'}: {row['chosen_answer']}"
         assert row["chosen_token_ids"][-1] == 1
-    for actor in actors:
-        actor.stop()
+    for engine in engines:
+        engine.stop()
 
 
-def exact_pairs(folder: Path, model: Path, questions: list[Question]) -> list[Any]:
+def exactly_translated_pairs(folder: Path, model: Path, questions: list[Question]) -> list[Any]:
+    """The pairs when the demo world translates, which never fails."""
     job = make_job(folder, model, questions)
-    run(job)
+    run_job(job)
     return rows_of(job.pairs.read())

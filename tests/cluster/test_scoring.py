@@ -1,4 +1,4 @@
-"""The engines find candidates as likely as the model that is trained."""
+"""Engines give candidates the same log-probabilities as the trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from calm_ray.core.sections import Engines, Lora, Train
 from calm_ray.engines.actor import EngineActor
 from calm_ray.engines.generator import Likelihoods
 from calm_ray.engines.spec import EngineSpec
-from calm_ray.engines.vllm import MOST_LABELS
+from calm_ray.engines.vllm import MAX_LABELS
 from calm_ray.run.policies import Policy, RunModel, publish
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
@@ -29,7 +29,7 @@ WORDS = 300
 TOLERANCE = 1e-3
 
 Job = tuple[list[int], list[list[int]]]
-"""A prompt and its candidates, as tokens."""
+"""Token ids of a prompt and of its candidates."""
 
 
 @pytest.fixture(scope="module")
@@ -40,28 +40,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trainer(model: Path) -> Iterator[PolicyModel]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    train = Train(learning_rate=1e-3, warmup_share=0.0, dtype="float32", lora=LORA)
+    train = Train(learning_rate=1e-3, warmup_ratio=0.0, dtype="float32", lora=LORA)
     yield PolicyModel(model, train, torch.device("cpu"))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def policies(trainer: PolicyModel, tmp_path_factory: pytest.TempPathFactory) -> list[Policy]:
-    """The model itself, and two adapters with weights large enough to change what it says."""
+    """The base model, and two adapters with weights large enough to change its output."""
     folder = tmp_path_factory.mktemp("policies")
-    made = [Policy()]
+    policies = [Policy()]
     for number in (1, 2):
         trainer.load(Policy(), seed=number)
         for name, parameter in trainer.adapter_parameters():
             if ".lora_B." in name:
                 parameter.detach().to_local().normal_(std=0.1)  # type: ignore[attr-defined]
         trainer.save(folder / str(number))
-        made.append(publish(folder / str(number), Storage(str(folder)), f"published/{number}", number, "adapter"))
-    return made
+        policies.append(publish(folder / str(number), Storage(str(folder)), f"published/{number}", number, "adapter"))
+    return policies
 
 
 def scoring_engine() -> type[EngineActor]:
-    """An engine that is handed candidates directly; a local class, so that Ray ships it whole."""
+    """An engine that scores given candidates. The class is local, so that Ray pickles it by value."""
 
     class ScoringEngine(EngineActor):
         def likelihoods(self, jobs: list[Job], with_prompt: bool) -> list[Likelihoods]:
@@ -72,11 +72,11 @@ def scoring_engine() -> type[EngineActor]:
     return ScoringEngine
 
 
-@pytest.fixture(scope="module", params=["adapter", "merged"])
+@pytest.fixture(scope="module", params=["adapter", pytest.param("merged", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest, ray_8_cpus: None, model: Path) -> Iterator[Any]:
     engines = Engines(
         shared=1, cpus=0.5, dtype="float32", refresh=request.param,
-        # Less than all candidates together, so that they are prefilled in turns.
+        # Too few tokens for all candidates, so they are prefilled in several steps.
         args={"max_model_len": 64, "max_num_seqs": 16, "max_num_batched_tokens": 128},
     )  # fmt: skip
     spec = EngineSpec(RunModel(str(model)), engines, LORA, "cpu", seed=0)
@@ -85,8 +85,8 @@ def engine(request: pytest.FixtureRequest, ray_8_cpus: None, model: Path) -> Ite
     ray.kill(actor)
 
 
-def jobs(lengths: Sequence[Sequence[int]], seed: int = 0) -> list[Job]:
-    """A prompt for each list of candidates' lengths; the prompts grow from a single token."""
+def random_jobs(lengths: Sequence[Sequence[int]], seed: int = 0) -> list[Job]:
+    """A prompt per list of candidate lengths. The first prompt has one token, each later one four more."""
     rng = random.Random(seed)
 
     def tokens(count: int) -> list[int]:
@@ -96,90 +96,91 @@ def jobs(lengths: Sequence[Sequence[int]], seed: int = 0) -> list[Job]:
 
 
 LABELS = [(0, 7, 11), (5, 0), (20, 21, 22, 23, 24, 25), (9, 9)]
-"""As many questions with labels for candidates, of which token 0 is one as good as any other."""
+"""Single-token candidates (labels) per question. Token 0 is as valid as any other."""
 
 
-def labels() -> list[Job]:
-    prompts = [prompt for prompt, _ in jobs([[1]] * len(LABELS), seed=1)]
-    return [(prompt, [[token] for token in own]) for prompt, own in zip(prompts, LABELS, strict=True)]
+def label_jobs() -> list[Job]:
+    prompts = [prompt for prompt, _ in random_jobs([[1]] * len(LABELS), seed=1)]
+    return [(prompt, [[token] for token in tokens]) for prompt, tokens in zip(prompts, LABELS, strict=True)]
 
 
-def texts() -> list[Job]:
-    return jobs([(1, 2), (3, 1, 4), (6, 5, 2, 1), (2, 2)])
+def text_jobs() -> list[Job]:
+    return random_jobs([(1, 2), (3, 1, 4), (6, 5, 2, 1), (2, 2)])
 
 
-def said(engine: Any, jobs: list[Job], with_prompt: bool = False) -> list[Likelihoods]:
-    found: list[Likelihoods] = ray.get(engine.likelihoods.remote(jobs, with_prompt))
-    return found
+def engine_scores(engine: Any, jobs: list[Job], with_prompt: bool = False) -> list[Likelihoods]:
+    scores: list[Likelihoods] = ray.get(engine.likelihoods.remote(jobs, with_prompt))
+    return scores
 
 
-def trained(trainer: PolicyModel, asked: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """What the trainer makes of prompts and their completions, all in one batch."""
+def trainer_logps(trainer: PolicyModel, sequences: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """The trainer's log-probabilities of completions after their prompts, computed in one batch."""
     with torch.no_grad():
-        return trainer.logps(pack([tree(prompt, side) for prompt, side in asked]))
+        return trainer.logps(pack([tree(prompt, side) for prompt, side in sequences]))
 
 
-def logps(found: Sequence[Likelihoods]) -> torch.Tensor:
-    return torch.tensor([logp for one in found for logp in one.logps])
+def logps_of(scores: Sequence[Likelihoods]) -> torch.Tensor:
+    return torch.tensor([logp for one in scores for logp in one.logps])
 
 
-def largest(what: str, found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference of some log-probabilities in nats, which is printed too."""
+def largest_difference(what: str, found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Prints and returns the largest difference between log-probabilities, in nats."""
     difference = float((found - expected).abs().max())
     print(f"{what}: {len(found)} log-probabilities, largest difference {difference:.1e} nats")
     return difference
 
 
-def sequences(jobs: Sequence[Job]) -> list[tuple[list[int], list[int]]]:
+def flatten(jobs: Sequence[Job]) -> list[tuple[list[int], list[int]]]:
     return [(prompt, side) for prompt, sides in jobs for side in sides]
 
 
-def test_every_policy_is_scored_as_it_is_trained(engine: Any, trainer: PolicyModel, policies: list[Policy]) -> None:
-    """Labels and texts in one list, each by its own way; and the base again, when adapters have come and gone."""
-    mixed = [job for both in zip(labels(), texts(), strict=True) for job in both]
-    before = torch.zeros(len(sequences(mixed)))
+def test_engine_matches_the_trainer_for_every_policy(engine: Any, trainer: PolicyModel, policies: list[Policy]) -> None:
+    """Labels and texts, which take different code paths, in one call; and the base model again after the adapters."""
+    mixed = [job for both in zip(label_jobs(), text_jobs(), strict=True) for job in both]
+    before = torch.zeros(len(flatten(mixed)))
     for policy in [*policies, policies[0]]:
         ray.get(engine.load.remote(policy))
         trainer.load(policy, 0)
-        found = said(engine, mixed)
-        assert largest(policy.name, logps(found), trained(trainer, sequences(mixed))) <= TOLERANCE
-        assert {one.prompt_logp for one in found} == {None}
-        assert (logps(found) - before).abs().mean() > 100 * TOLERANCE  # so that no policy was taken for another
-        before = logps(found)
+        scores = engine_scores(engine, mixed)
+        logps = logps_of(scores)
+        assert largest_difference(policy.name, logps, trainer_logps(trainer, flatten(mixed))) <= TOLERANCE
+        assert {one.prompt_logp for one in scores} == {None}
+        assert (logps - before).abs().mean() > 100 * TOLERANCE  # the policies clearly differ
+        before = logps
 
 
-def test_a_prompt_is_scored_with_its_candidates(engine: Any, trainer: PolicyModel, policies: list[Policy]) -> None:
-    """And labels have the same log-probability by either way."""
+def test_prompts_are_scored_with_their_candidates(engine: Any, trainer: PolicyModel, policies: list[Policy]) -> None:
+    """And labels get the same log-probabilities with and without prompt scores."""
     ray.get(engine.load.remote(policies[1]))
     trainer.load(policies[1], 0)
-    both = labels() + texts()
-    found = said(engine, both, with_prompt=True)
-    assert largest("candidates", logps(found), trained(trainer, sequences(both))) <= TOLERANCE
-    prompts = torch.tensor([one.prompt_logp for one in found])
-    # The first prompt of either kind is a single token, whose log-probability nothing says.
+    both = label_jobs() + text_jobs()
+    scores = engine_scores(engine, both, with_prompt=True)
+    assert largest_difference("candidates", logps_of(scores), trainer_logps(trainer, flatten(both))) <= TOLERANCE
+    prompts = torch.tensor([one.prompt_logp for one in scores])
+    # The first prompt of either kind is a single token, which has no log-probability.
     assert prompts[0] == prompts[len(LABELS)] == 0.0
     longer = [number for number, (prompt, _) in enumerate(both) if len(prompt) > 1]
-    expected = trained(trainer, [(both[number][0][:1], both[number][0][1:]) for number in longer])
-    assert largest("prompts", prompts[longer], expected) <= TOLERANCE
-    by_prompt, by_label = logps(found[: len(LABELS)]), logps(said(engine, labels()))
-    assert largest("labels, both ways", by_label, by_prompt) <= TOLERANCE
+    expected = trainer_logps(trainer, [(both[number][0][:1], both[number][0][1:]) for number in longer])
+    assert largest_difference("prompts", prompts[longer], expected) <= TOLERANCE
+    with_prompt, without = logps_of(scores[: len(LABELS)]), logps_of(engine_scores(engine, label_jobs()))
+    assert largest_difference("labels, both ways", without, with_prompt) <= TOLERANCE
 
 
-def test_what_was_scored_before_is_scored_the_same_again(engine: Any, policies: list[Policy]) -> None:
-    """Whatever the engine has cached of it."""
+def test_cached_prefixes_do_not_change_scores(engine: Any, policies: list[Policy]) -> None:
     ray.get(engine.load.remote(policies[2]))
-    both = labels() + texts()
-    first, again = said(engine, both), said(engine, both[::-1])[::-1]
-    assert largest("again", logps(again), logps(first)) <= TOLERANCE
+    both = label_jobs() + text_jobs()
+    first, again = engine_scores(engine, both), engine_scores(engine, both[::-1])[::-1]
+    assert largest_difference("again", logps_of(again), logps_of(first)) <= TOLERANCE
 
 
-def test_more_labels_than_one_request_tells_of(engine: Any, trainer: PolicyModel, policies: list[Policy]) -> None:
+def test_more_labels_than_fit_in_one_request(engine: Any, trainer: PolicyModel, policies: list[Policy]) -> None:
     ray.get(engine.load.remote(policies[1]))
     trainer.load(policies[1], 0)
-    for count in (MOST_LABELS, MOST_LABELS + 1):
+    for count in (MAX_LABELS, MAX_LABELS + 1):
         many = [([4, 5, 6], [[token] for token in range(count)])]
-        assert largest("many", logps(said(engine, many)), trained(trainer, sequences(many))) <= TOLERANCE
+        logps = logps_of(engine_scores(engine, many))
+        assert largest_difference("many", logps, trainer_logps(trainer, flatten(many))) <= TOLERANCE
 
 
-def test_no_candidates_have_no_scores(engine: Any) -> None:
-    assert said(engine, []) == said(engine, [], with_prompt=True) == []
+def test_scoring_nothing_returns_nothing(engine: Any) -> None:
+    assert engine_scores(engine, []) == engine_scores(engine, [], with_prompt=True) == []

@@ -1,4 +1,4 @@
-"""Sequence-to-sequence models in Ray actors: small real ones that learned a dictionary of eight words in seconds."""
+"""Sequence-to-sequence models in Ray actors: small real ones, trained in seconds to translate eight words."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ WORDS = {
 }
 FLORES = {"en": "eng_Latn", "fr": "fra_Latn", "de": "deu_Latn"}
 Encode = Callable[[str, str, str], tuple[list[int], list[int]]]
-"""Input and output ids of a text, its translation, and the language of that."""
+"""Maps a text, its translation and the target language to input and output token ids."""
 
 
-def translated(text: str, target: str) -> str:
+def translate_words(text: str, target: str) -> str:
     lines = [[WORDS[target][WORDS["en"].index(word)] for word in line.split()] for line in text.split("\n")]
     return "\n".join(" ".join(line) for line in lines)
 
 
-def some_words(rng: random.Random) -> str:
+def random_words(rng: random.Random) -> str:
     return " ".join(rng.sample(WORDS["en"], k=rng.randint(1, 4)))
 
 
-def teach(model: Any, encode: Encode) -> None:
-    """Trains until the dictionary is known."""
+def train_dictionary(model: Any, encode: Encode) -> None:
+    """Trains the model until it translates 60 batches in a row without a mistake."""
     rng, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), lr=1e-3)
     flawless = 0
     for _ in range(3000):
-        texts, targets = [some_words(rng) for _ in range(64)], rng.choices(["fr", "de"], k=64)
-        pairs = [encode(text, translated(text, to), to) for text, to in zip(texts, targets, strict=True)]
+        texts, targets = [random_words(rng) for _ in range(64)], rng.choices(["fr", "de"], k=64)
+        pairs = [encode(text, translate_words(text, to), to) for text, to in zip(texts, targets, strict=True)]
         inputs, labels = (
             torch.nn.utils.rnn.pad_sequence([torch.tensor(one) for one in side], True, -100)
             for side in zip(*pairs, strict=True)
@@ -68,17 +68,17 @@ def teach(model: Any, encode: Encode) -> None:
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        # But for the first token, which may be the language, that only its user can know.
+        # Except the first token, which may be the target language: the model cannot know it.
         wrong = (output.logits.argmax(-1) != labels) & (labels != -100)
         flawless = flawless + 1 if not wrong[:, 1:].any() else 0
         if flawless == 60:
             return
-    raise AssertionError("the model did not learn its words")
+    raise AssertionError("the model did not learn the dictionary")
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A T5 that is told the language as MADLAD is."""
+    """A T5 with a language token before the text, like MADLAD."""
     folder = tmp_path_factory.mktemp("t5")
     tokenizer = word_tokenizer(["<2en>", "<2fr>", "<2de>", *(word for words in WORDS.values() for word in words)])
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -91,7 +91,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = T5ForConditionalGeneration(config)
-    teach(model, lambda text, result, to: (tokenizer.encode(f"<2{to}> {text}"), tokenizer.encode(result)))
+    train_dictionary(model, lambda text, result, to: (tokenizer.encode(f"<2{to}> {text}"), tokenizer.encode(result)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -99,7 +99,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def nllb(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of NLLB's kind, with its tokenizer, that reads lines of up to 40 tokens."""
+    """A model with NLLB's architecture and tokenizer, for lines of up to 40 tokens."""
     folder = tmp_path_factory.mktemp("nllb")
     vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "▁": 4}
     merges: Any = []
@@ -123,7 +123,7 @@ def nllb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def encode(text: str, result: str, to: str) -> tuple[list[int], list[int]]:
         return tokenizer.encode(text), [code[to], *tokenizer.encode(result)[1:]]
 
-    teach(model, encode)
+    train_dictionary(model, encode)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -138,90 +138,94 @@ def questions(count: int) -> list[Question]:
     rng = random.Random(1)
     return [
         Question(
-            question_id=f"q{number}", language="en", text=f"{some_words(rng)}\n{some_words(rng)}",
-            choices=[some_words(rng) for _ in range(4)], gold="C", subject=None,
+            question_id=f"q{number}", language="en", text=f"{random_words(rng)}\n{random_words(rng)}",
+            choices=[random_words(rng) for _ in range(4)], gold="C", subject=None,
         )
         for number in range(count)
     ]  # fmt: skip
 
 
-def translator(folder: Path, **how: Any) -> Seq2SeqTranslator:
-    return Seq2SeqTranslator(RunModel(str(folder)), **how)
+def translator(folder: Path, **options: Any) -> Seq2SeqTranslator:
+    return Seq2SeqTranslator(RunModel(str(folder)), **options)
 
 
-def in_process(folder: Path, max_new_tokens: int = 256) -> Seq2SeqModel:
+def local_model(folder: Path, max_new_tokens: int = 256) -> Seq2SeqModel:
     return Seq2SeqModel(RunModel(str(folder)), "cpu", max_new_tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_8_cpus")
-def test_questions_are_translated_by_actors_once(folder: Path, tmp_path: Path) -> None:
-    asked, cache = questions(100), Storage(str(tmp_path))
-    rows, report = translate_missing(asked, ["en", "fr", "de"], translator(folder, actors=2, cpus=0.5), cache)
-    wanted = [
+def test_actors_translate_each_question_once(folder: Path, tmp_path: Path) -> None:
+    originals, cache = questions(100), Storage(str(tmp_path))
+    rows, report = translate_missing(originals, ["en", "fr", "de"], translator(folder, actors=2, cpus=0.5), cache)
+    expected = [
         Question(
-            question_id=row["question_id"], language=language, text=translated(row["text"], language),
-            choices=[translated(choice, language) for choice in row["choices"]], gold="C", subject=None,
+            question_id=row["question_id"], language=language, text=translate_words(row["text"], language),
+            choices=[translate_words(choice, language) for choice in row["choices"]], gold="C", subject=None,
         )
-        for row in asked
+        for row in originals
         for language in ("en", "fr", "de")
     ]  # fmt: skip
-    assert rows == wanted
+    assert rows == expected
     count = {"asked": 100, "cached": 0, "translated": 100, "failed": 0, "identical": 0}
     assert report == {"fr": count, "de": count}
     files = list(tmp_path.rglob("*.parquet"))
     assert len(files) == 4  # of 64 and 36 questions, in two languages
-    # Again, with one question more: only that is new.
-    more = [*asked, Question(**{**asked[0], "question_id": "more", "text": "the bear"})]
+    # Again with one more question: only that one is translated.
+    more = [*originals, Question(**{**originals[0], "question_id": "more", "text": "the bear"})]
     rows, report = translate_missing(more, ["en", "fr", "de"], translator(folder, cpus=0.5), cache)
-    assert rows[:300] == wanted
+    assert rows[:300] == expected
     assert rows[301]["text"] == "le ours"
     assert report["fr"] == {"asked": 101, "cached": 100, "translated": 101, "failed": 0, "identical": 0}
     assert len(list(tmp_path.rglob("*.parquet"))) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_8_cpus")
 def test_texts_are_translated_line_by_line(folder: Path) -> None:
     texts = ["the bear swims\n\n  the eagle flies\n", "", "which fish"]
-    done = in_process(folder).translate(texts, "en", "de")
-    assert done == ["das Bär schwimmt\n\ndas Adler fliegt", "", "welches Fisch"]
-    assert in_process(folder).translate([], "en", "de") == []
+    translations = local_model(folder).translate(texts, "en", "de")
+    assert translations == ["das Bär schwimmt\n\ndas Adler fliegt", "", "welches Fisch"]
+    assert local_model(folder).translate([], "en", "de") == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_8_cpus")
-def test_what_is_cut_or_too_long_has_failed(nllb: Path, t5: Path, tmp_path: Path) -> None:
+def test_truncated_and_too_long_translations_fail(nllb: Path, t5: Path, tmp_path: Path) -> None:
     rows = questions(3)
     rows[0] |= {"text": "the bear", "choices": ["eagle", "fish"]}
     rows[1] |= {"text": "the bear", "choices": ["eagle", "the eagle flies"]}
     rows[2] |= {"text": "the " * 39, "choices": ["eagle", "fish"]}
-    # The language's token, two words, and the end.
-    brief = translator(nllb, cpus=0.5, max_new_tokens=4)
-    added, report = translate_missing(rows, ["en", "fr"], brief, Storage(str(tmp_path)))
-    assert [row["question_id"] for row in added if row["language"] == "fr"] == ["q0"]
+    # Room for the language token, two words and end-of-sequence.
+    limited = translator(nllb, cpus=0.5, max_new_tokens=4)
+    translated, report = translate_missing(rows, ["en", "fr"], limited, Storage(str(tmp_path)))
+    assert [row["question_id"] for row in translated if row["language"] == "fr"] == ["q0"]
     assert report["fr"] == {"asked": 3, "cached": 0, "translated": 1, "failed": 2, "identical": 0}
-    # Two words and the end.
-    assert in_process(t5, max_new_tokens=3).translate(["the bear", "the bear swims"], "en", "fr") == [
+    # Room for two words and end-of-sequence.
+    assert local_model(t5, max_new_tokens=3).translate(["the bear", "the bear swims"], "en", "fr") == [
         "le ours",
         None,
     ]
 
 
-def test_the_identity_names_the_weights_and_the_length(t5: Path, nllb: Path) -> None:
+@pytest.mark.slow
+def test_identity_depends_on_weights_and_max_new_tokens(t5: Path, nllb: Path) -> None:
     identities = {translator(t5).identity, translator(nllb).identity, translator(t5, max_new_tokens=9).identity}
     assert len(identities) == 3
     assert translator(t5, actors=3).identity in identities
 
 
-def test_an_unknown_language_is_refused_before_anything_starts(folder: Path, tmp_path: Path) -> None:
+def test_unsupported_language_is_refused_before_anything_starts(folder: Path, tmp_path: Path) -> None:
     rows, cache = questions(1), Storage(str(tmp_path))
     with pytest.raises(InputError, match=rf"{folder} does not translate into Japanese \('ja'\)"):
         translate_missing(rows, ["en", "fr", "ja"], translator(folder), cache)
     with pytest.raises(InputError, match=rf"{folder} does not translate from Chinese \('zh'\)"):
         translator(folder).check("zh", ["fr"])
-    with pytest.raises(InputError, match="'tlh' is none of those"):
+    with pytest.raises(InputError, match="unknown language 'tlh'"):
         translator(folder).check("en", ["tlh"])
 
 
-def test_what_is_no_model_of_this_kind_is_refused(t5: Path, tmp_path: Path) -> None:
+def test_unsuitable_models_are_refused(t5: Path, tmp_path: Path) -> None:
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     for file in t5.iterdir():
@@ -229,17 +233,17 @@ def test_what_is_no_model_of_this_kind_is_refused(t5: Path, tmp_path: Path) -> N
             torch.save({}, pickled / "pytorch_model.bin")
         else:
             (pickled / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(InputError, match=r"holds no \*\.safetensors weights \(pytorch_model\.bin\)"):
+    with pytest.raises(InputError, match=r"has no \*\.safetensors weights \(pytorch_model\.bin\)"):
         translator(pickled).check("en", ["fr"])
     llama = write_tiny_model(tmp_path / "llama", word_tokenizer(["<2en>", "<2fr>"]))
-    with pytest.raises(InputError, match="llama is no sequence-to-sequence model"):
+    with pytest.raises(InputError, match="llama is not a sequence-to-sequence model"):
         translator(llama).check("en", ["fr"])
     with pytest.raises(InputError, match="there is no folder"):
         translator(tmp_path / "nowhere").check("en", ["fr"])
 
 
-def sentence_pieces(folder: Path, words: Iterable[str]) -> str:
-    """Trains a SentencePiece model as M2M100 and Marian have it."""
+def train_sentencepiece(folder: Path, words: Iterable[str]) -> str:
+    """Trains a SentencePiece model, as used by M2M100 and Marian, and returns its path."""
     (folder / "words.txt").write_text("\n".join(words))
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "words.txt"), model_prefix=str(folder / "pieces"), vocab_size=20, minloglevel=2
@@ -247,67 +251,66 @@ def sentence_pieces(folder: Path, words: Iterable[str]) -> str:
     return str(folder / "pieces.model")
 
 
-def marian(folder: Path, tags: list[str], **languages: Any) -> Any:
-    pieces = sentence_pieces(folder, WORDS["en"])
+def marian_tokenizer(folder: Path, tags: list[str], **languages: Any) -> Any:
+    pieces = train_sentencepiece(folder, WORDS["en"])
     names = ["</s>", "<unk>", *tags, "▁the", "<pad>"]
     (folder / "vocab.json").write_text("{" + ", ".join(f'"{name}": {i}' for i, name in enumerate(names)) + "}")
     return MarianTokenizer(pieces, pieces, str(folder / "vocab.json"), **languages)
 
 
-def test_every_kind_of_model_is_told_its_languages(tmp_path: Path) -> None:
+def test_languages_are_set_for_every_model_family(tmp_path: Path) -> None:
     nllb = NllbTokenizer()
     assert direction(nllb, "nllb", "zh", "ar") == Direction(src_lang="zho_Hans", forced="arb_Arab")
     mbart = MBart50Tokenizer()
     assert direction(mbart, "mbart", "en", "zh") == Direction(src_lang="en_XX", forced="zh_CN")
-    one, several = marian(tmp_path, [], source_lang="en", target_lang="deu"), marian(
-        tmp_path, [">>fra<<", ">>it<<"], source_lang="eng", target_lang="ROMANCE"
-    )  # fmt: skip
-    assert direction(one, "marian", "en", "de") == Direction()
-    assert direction(several, "marian", "en", "fr") == Direction(prefix=">>fra<< ")
-    assert direction(several, "marian", "en", "it") == Direction(prefix=">>it<< ")
-    for tokenizer, source, target in ((one, "fr", "de"), (one, "en", "fr"), (several, "de", "fr"), (mbart, "en", "el")):
+    bilingual = marian_tokenizer(tmp_path, [], source_lang="en", target_lang="deu")
+    romance = marian_tokenizer(tmp_path, [">>fra<<", ">>it<<"], source_lang="eng", target_lang="ROMANCE")
+    assert direction(bilingual, "marian", "en", "de") == Direction()
+    assert direction(romance, "marian", "en", "fr") == Direction(prefix=">>fra<< ")
+    assert direction(romance, "marian", "en", "it") == Direction(prefix=">>it<< ")
+    unsupported = [(bilingual, "fr", "de"), (bilingual, "en", "fr"), (romance, "de", "fr"), (mbart, "en", "el")]
+    for tokenizer, source, target in unsupported:
         with pytest.raises(InputError, match="the model m does not translate"):
             direction(tokenizer, "m", source, target)
 
 
-def test_an_m2m100_that_was_written_and_read_is_told_its_languages(tmp_path: Path) -> None:
-    pieces = sentence_pieces(tmp_path, WORDS["en"])
+def test_languages_are_set_for_a_reloaded_m2m100(tmp_path: Path) -> None:
+    pieces = train_sentencepiece(tmp_path, WORDS["en"])
     (tmp_path / "vocab.json").write_text('{"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "▁the": 4}')
     codes = [f"__{code}__" for code in ("en", "fr", "de")]
     tokenizer = M2M100Tokenizer(str(tmp_path / "vocab.json"), pieces, additional_special_tokens=codes)
     tokenizer.save_pretrained(tmp_path / "saved")
-    read = M2M100Tokenizer.from_pretrained(tmp_path / "saved")
-    for one in (tokenizer, read):
-        how = direction(one, "m2m", "de", "fr")
-        assert how == Direction(src_lang="de", forced="__fr__")
-        one.src_lang = how.src_lang
+    reloaded = M2M100Tokenizer.from_pretrained(tmp_path / "saved")
+    for one in (tokenizer, reloaded):
+        found = direction(one, "m2m", "de", "fr")
+        assert found == Direction(src_lang="de", forced="__fr__")
+        one.src_lang = found.src_lang
         ids = one("the")["input_ids"]
         assert one.convert_ids_to_tokens(ids)[0] == "__de__"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_8_cpus")
-def test_a_run_asks_a_monolingual_file_in_all_its_languages(
-    make_recipe: Callable[..., Path], t5: Path, tmp_path: Path
-) -> None:
-    """Three of the questions were in French already. A second run asks the translator nothing."""
+def test_run_translates_a_monolingual_file_once(make_recipe: Callable[..., Path], t5: Path, tmp_path: Path) -> None:
+    """Three questions already exist in French. A second run reuses all translations."""
     rows = questions(12)
-    given = [Question(**{**row, "language": "fr", "text": "le poisson"}) for row in rows[:3]]
+    french = [Question(**{**row, "language": "fr", "text": "le poisson"}) for row in rows[:3]]
     file = tmp_path / "align.jsonl"
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, *given]))
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, *french]))
     recipe = make_recipe(
         name="translated", storage=str(tmp_path), questions={"align": str(file), "evaluate": None, "translate": str(t5)}
     )
     assert main(["align", str(recipe)]) == 0
     run = RunDirectory(str(tmp_path), "translated")
-    asked = {(row["question_id"], row["language"]): row for row in rows_of(run.questions("align").read())}
+    stored = {(row["question_id"], row["language"]): row for row in rows_of(run.questions("align").read())}
     record = run.questions("align").record["translated"]["fr"]
     assert record == {"asked": 9, "cached": 0, "translated": 9, "failed": 0, "identical": 0}
-    assert len(asked) == 24
-    assert asked["q0", "fr"]["text"] == "le poisson"
-    assert asked["q5", "fr"]["text"] == translated(rows[5]["text"], "fr")
-    assert asked["q5", "fr"]["gold"] == "C"
+    assert len(stored) == 24
+    assert stored["q0", "fr"]["text"] == "le poisson"
+    assert stored["q5", "fr"]["text"] == translate_words(rows[5]["text"], "fr")
+    assert stored["q5", "fr"]["gold"] == "C"
     sampled = {(row["question_id"], row["language"]) for row in rows_of(run.stage(1, "sample").read())}
-    assert sampled == set(asked)
+    assert sampled == set(stored)
     again = make_recipe(
         name="again", storage=str(tmp_path), questions={"align": str(file), "evaluate": None, "translate": str(t5)}
     )

@@ -1,8 +1,9 @@
-"""Training in Ray Train workers: FSDP2 over processes, its peer TRL, and how much memory loading takes."""
+"""Training in Ray Train workers: FSDP2 across processes, TRL as the second engine, memory use while loading."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -46,10 +47,10 @@ def train(
     objective: Objective | None = None,
     **changes: Any,
 ) -> tuple[Policy, list[dict[str, Any]]]:  # fmt: skip
-    """Trains one round; returns its policy and the metrics that reached the driver."""
+    """Trains one round; returns its policy and the metrics reported to the driver."""
     settings = {
-        "learning_rate": 1e-2, "warmup_share": 0.1, "epochs": 2, "batch_pairs": 8, "dtype": "float32",
-        "cpus_per_worker": 0.5, "validation_share": 0.1, "pack_tokens": 200, **changes,
+        "learning_rate": 1e-2, "warmup_ratio": 0.1, "epochs": 2, "batch_pairs": 8, "dtype": "float32",
+        "cpus_per_worker": 0.5, "validation_fraction": 0.1, "pack_tokens": 200, **changes,
     }  # fmt: skip
     stage = Stage(Storage(str(output)))
     job = TrainJob(
@@ -63,19 +64,19 @@ def train(
         0,
         1 if start is None else 2,
     )
-    seen: list[dict[str, Any]] = []
-    return train_round(job, "cpu", seen.append), seen
+    metrics: list[dict[str, Any]] = []
+    return train_round(job, "cpu", metrics.append), metrics
 
 
-def curve(metrics: list[dict[str, Any]]) -> list[float]:
+def losses(metrics: list[dict[str, Any]]) -> list[float]:
     return [row["train/loss"] for row in metrics if "train/loss" in row]
 
 
-def test_two_workers_train_as_one(model: Path, pairs: Stage, tmp_path: Path) -> None:
+def test_number_of_workers_does_not_change_the_losses(model: Path, pairs: Stage, tmp_path: Path) -> None:
     one, one_metrics = train(model, pairs, tmp_path / "one", workers=1)
     two, two_metrics = train(model, pairs, tmp_path / "two", workers=2)
     copies, copies_metrics = train(model, pairs, tmp_path / "copies", workers=2, shards=1)
-    first, second, third = curve(one_metrics), curve(two_metrics), curve(copies_metrics)
+    first, second, third = losses(one_metrics), losses(two_metrics), losses(copies_metrics)
     assert first[0] == pytest.approx(0.6931472, abs=1e-4)
     assert first[-1] < 0.68
     print(f"1 and 2 workers differ by {max(abs(a - b) for a, b in zip(first, second, strict=True)):.1e}")
@@ -91,49 +92,51 @@ def test_two_workers_train_as_one(model: Path, pairs: Stage, tmp_path: Path) -> 
     assert {row["reference"] for row in margins} == {"base"}
 
 
-def test_a_second_round_starts_from_the_first_and_keeps_its_reference(
-    model: Path, pairs: Stage, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_second_round_starts_from_the_first_policy(model: Path, pairs: Stage, tmp_path: Path) -> None:
     first, metrics = train(model, pairs, tmp_path / "first", workers=2)
     _, again = train(model, pairs, tmp_path / "second", start=first, workers=2, epochs=1)
     assert first.kind == "adapter"
-    # Starts where the first round ended, measured against the base model: far below ln 2 at once.
-    assert curve(again)[0] == pytest.approx(curve(metrics)[-1], abs=0.1)
-    assert curve(again)[0] < 0.6
+    # Starts where the first round ended. The reference is still the base model, so the loss is far below ln 2.
+    assert losses(again)[0] == pytest.approx(losses(metrics)[-1], abs=0.1)
+    assert losses(again)[0] < 0.6
 
 
-def test_all_weights_and_sft(model: Path, pairs: Stage, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_full_fine_tuning_and_sft(model: Path, pairs: Stage, tmp_path: Path) -> None:
     policy, metrics = train(model, pairs, tmp_path / "full", workers=2, lora=None, learning_rate=1e-3)
     assert policy.kind == "weights"
-    assert curve(metrics)[0] == pytest.approx(0.6931472, abs=1e-4)
+    assert losses(metrics)[0] == pytest.approx(0.6931472, abs=1e-4)
     AutoModelForCausalLM.from_pretrained(policy.local_folder())
     _, sft = train(model, pairs, tmp_path / "sft", objective=SFT(), workers=2)
-    assert curve(sft)[-1] < curve(sft)[0] - 0.1
+    assert losses(sft)[-1] < losses(sft)[0] - 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["ipo"]])
-def test_trl_trains_the_same_pairs(model: Path, pairs: Stage, tmp_path: Path, loss_type: list[str]) -> None:
-    changes: dict[str, Any] = {"workers": 2, "validation_share": 0.0, "epochs": 1}
+def test_trl_computes_the_expected_losses(model: Path, pairs: Stage, tmp_path: Path, loss_type: list[str]) -> None:
+    changes: dict[str, Any] = {"workers": 2, "validation_fraction": 0.0, "epochs": 1}
     policy, metrics = train(model, pairs, tmp_path / "trl", engine="trl", trl={"loss_type": loss_type}, **changes)
-    first = curve(metrics)[0]
+    first = losses(metrics)[0]
     if loss_type == ["sigmoid"]:
         _, ours = train(model, pairs, tmp_path / "ours", **changes)
-        assert first == pytest.approx(curve(ours)[0], abs=1e-4)
-        assert sum(curve(metrics)) / len(curve(metrics)) == pytest.approx(sum(curve(ours)) / len(curve(ours)), abs=0.05)
+        assert first == pytest.approx(losses(ours)[0], abs=1e-4)
+        assert fmean(losses(metrics)) == pytest.approx(fmean(losses(ours)), abs=0.05)
     else:
-        assert first == pytest.approx(1 / (2 * 0.1) ** 2, rel=1e-4)  # (0 - 1 / (2 beta))^2 at step one
+        assert first == pytest.approx(1 / (2 * 0.1) ** 2, rel=1e-4)  # (0 - 1 / (2 beta))^2 at the first step
     files = {file.name for file in policy.local_folder().iterdir()}
     assert files >= {"adapter_model.safetensors", "adapter_config.json"}
     assert not any(name.endswith(".bin") for name in files)
 
 
-def test_a_workers_error_reaches_the_driver(model: Path, pairs: Stage, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_worker_error_reaches_the_driver(model: Path, pairs: Stage, tmp_path: Path) -> None:
     with pytest.raises(CalmRayError, match="not_a_module"):
         train(model, pairs, tmp_path / "bad", lora=Lora(targets=["not_a_module"]))
 
 
-def peak_megabytes(model: Path, workers: int, results: Path) -> list[float]:
-    """How much each worker's own memory grows while it loads a model, at its peak."""
+def peak_memory_growth(model: Path, workers: int, results: Path) -> list[float]:
+    """Peak growth of each worker's private memory while it loads the model, in MB."""
 
     def measure() -> None:
         import threading
@@ -144,16 +147,16 @@ def peak_megabytes(model: Path, workers: int, results: Path) -> list[float]:
 
         process, peak, done = psutil.Process(), [0], threading.Event()
 
-        def own() -> int:
+        def private_memory() -> int:
             memory = process.memory_info()
-            return memory.rss - memory.shared  # file pages that are mapped are not this process's
+            return memory.rss - memory.shared  # without mapped files
 
         def watch() -> None:
             while not done.wait(0.002):
-                peak[0] = max(peak[0], own())
+                peak[0] = max(peak[0], private_memory())
 
-        settings = Train(learning_rate=1e-3, warmup_share=0.0, dtype="float32")
-        before = own()
+        settings = Train(learning_rate=1e-3, warmup_ratio=0.0, dtype="float32")
+        before = private_memory()
         watcher = threading.Thread(target=watch)
         watcher.start()
         policy = PolicyModel(model, settings, torch.device("cpu"))
@@ -168,11 +171,12 @@ def peak_megabytes(model: Path, workers: int, results: Path) -> list[float]:
     return [float((results / f"{rank}").read_text()) for rank in range(workers)]
 
 
-def test_no_worker_ever_holds_the_whole_model(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_no_worker_loads_the_whole_model(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "large", word_tokenizer(["w"]), width=1024, layers=12, key_value_heads=32)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**20
     assert size > 300
-    peaks = peak_megabytes(folder, 2, tmp_path)
+    peaks = peak_memory_growth(folder, 2, tmp_path)
     print(f"model {size:.0f} MB, peaks {peaks} MB")
-    # Half of the model each, and what loading needs beside it.
+    # Half of the model each, plus what loading needs.
     assert max(peaks) < 0.75 * size

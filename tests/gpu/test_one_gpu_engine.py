@@ -1,4 +1,4 @@
-"""What only a GPU can show of an engine: it gives its memory back while it sleeps, and is the same afterwards."""
+"""Engine behavior that only a GPU can show: sleeping frees its memory and does not change its output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def free_memory() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
-def test_a_sleeping_engine_gives_its_memory_back(local_ray: None, tmp_path: Path) -> None:
+def test_sleeping_engine_frees_its_memory(local_ray: None, tmp_path: Path) -> None:
     words = [f"w{number}" for number in range(1000)]
     model = write_tiny_model(tmp_path / "model", word_tokenizer(words), width=1024, layers=8)
     settings = Engines(shared=1, args={"max_model_len": 256, "gpu_memory_utilization": 0.5, "enforce_eager": True})
@@ -42,7 +42,7 @@ def test_a_sleeping_engine_gives_its_memory_back(local_ray: None, tmp_path: Path
         with pool.asleep():
             asleep = free_memory()
         after = pool.text_service(["w1 w2 w3", "w4 w5"], 32)
-    held = free - awake
-    print(f"awake {held / 2**30:.1f} GiB, asleep {(free - asleep) / 2**30:.1f} GiB")
-    assert free - asleep < 0.1 * held
+    used = free - awake
+    print(f"awake {used / 2**30:.1f} GiB, asleep {(free - asleep) / 2**30:.1f} GiB")
+    assert free - asleep < 0.1 * used
     assert before == after

@@ -36,8 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"), width=256, layers=4, key_value_heads=2)
 
 
-def loaded(folder: Path, **changes: Any) -> PolicyModel:
-    settings = {"learning_rate": 1e-3, "warmup_share": 0.0, "lora": Lora(targets=["q_proj", "v_proj"]), **changes}
+def load_policy(folder: Path, **changes: Any) -> PolicyModel:
+    settings = {"learning_rate": 1e-3, "warmup_ratio": 0.0, "lora": Lora(targets=["q_proj", "v_proj"]), **changes}
     policy_model = PolicyModel(folder, Train(**settings), torch.device("cuda"))
     policy_model.load(Policy(), 0)
     return policy_model
@@ -55,9 +55,9 @@ def gradients(policy_model: PolicyModel, rows: list[Tree]) -> tuple[torch.Tensor
     return logps.detach().cpu(), torch.cat(parts).cpu()
 
 
-def test_flash_attention_over_packed_sequences_is_eager_attention_over_each(model: Path) -> None:
+def test_packed_flash_attention_matches_eager_attention(model: Path) -> None:
     rows = examples(8)
-    logps, _ = gradients(loaded(model, attention="varlen"), rows)
+    logps, _ = gradients(load_policy(model, attention="varlen"), rows)
     reference: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     reference.to(torch.device("cuda"))
     expected = []
@@ -65,27 +65,27 @@ def test_flash_attention_over_packed_sequences_is_eager_attention_over_each(mode
         with torch.no_grad():
             found = reference(torch.tensor([prompt + side]).cuda()).logits[0].log_softmax(-1)
         expected.append(sum(float(found[len(prompt) - 1 + i, token]) for i, token in enumerate(side)))
-    torch.testing.assert_close(logps, torch.tensor(expected), rtol=2e-2, atol=0.2)  # bfloat16 beside float32
+    torch.testing.assert_close(logps, torch.tensor(expected), rtol=2e-2, atol=0.2)  # bfloat16 vs. float32
 
 
-def test_flash_attention_and_masked_attention_give_the_same_gradients(model: Path) -> None:
-    _, flash = gradients(loaded(model, attention="varlen"), examples(8))
-    _, masked = gradients(loaded(model, attention="sdpa"), examples(8))
+def test_flash_and_masked_attention_give_the_same_gradients(model: Path) -> None:
+    _, flash = gradients(load_policy(model, attention="varlen"), examples(8))
+    _, masked = gradients(load_policy(model, attention="sdpa"), examples(8))
     assert torch.nn.functional.cosine_similarity(flash, masked, dim=0) > 0.999
 
 
-def test_loading_takes_the_size_of_the_model_and_no_more(tmp_path: Path) -> None:
+def test_loading_needs_little_more_memory_than_the_model(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "large", word_tokenizer(["w"]), width=1024, layers=12, key_value_heads=32)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    loaded(folder, dtype="float32")
+    load_policy(folder, dtype="float32")
     assert torch.cuda.max_memory_allocated() < 1.25 * size
 
 
-def test_activation_checkpointing_saves_memory_and_changes_nothing(model: Path) -> None:
+def test_activation_checkpointing_only_reduces_memory(model: Path) -> None:
     rows = examples(128)
     found = []
     for checkpointing in (False, True):
-        policy_model = loaded(model, activation_checkpointing=checkpointing, dtype="float32", attention="sdpa")
+        policy_model = load_policy(model, activation_checkpointing=checkpointing, dtype="float32", attention="sdpa")
         torch.cuda.reset_peak_memory_stats()
         found.append((*gradients(policy_model, rows), torch.cuda.max_memory_allocated()))
         del policy_model

@@ -1,4 +1,4 @@
-"""The words of a command."""
+"""Command-line arguments."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from calm_ray.cli import main
-from calm_ray.core.errors import InputError
-from calm_ray.recipes import DEMO_RECIPE, recipe_and_overrides
+from calm_ray.recipes.files import DEMO_RECIPE, RECIPES, name_of, shipped
+from calm_ray.recipes.merge import split_words
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from calm_ray.recipes import DEMO_RECIPE, recipe_and_overrides
         ["rounds=7", "--dry-run", "seed=0"],
     ],
 )
-def test_overrides_may_stand_on_both_sides_of_an_option(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_may_stand_on_both_sides_of_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["align", *words]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["rounds"] == 7
 
@@ -28,18 +28,35 @@ def test_overrides_may_stand_on_both_sides_of_an_option(words: list[str], capsys
     "words",
     [["align", "--dryrun", "rounds=7"], ["stats", "run", "--json", "more"]],
 )
-def test_what_no_command_takes_is_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+def test_unknown_arguments_are_rejected(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
         main(words)
-    assert ended.value.code == 2
+    assert raised.value.code == 2
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
-def test_a_path_with_an_equals_sign_is_a_recipe(tmp_path: Path) -> None:
+def test_path_with_an_equals_sign_is_a_recipe(tmp_path: Path) -> None:
     path = f"{tmp_path}/lr=5e-6/recipe.yaml"
-    assert recipe_and_overrides(["rounds=1", path, "dco.gamma.en-fr=0.1"]) == (
-        path,
-        ["rounds=1", "dco.gamma.en-fr=0.1"],
-    )
-    with pytest.raises(InputError, match="one recipe at a time"):
-        recipe_and_overrides([path, "other.yaml"])
+    words = ["rounds=1", path, "dco.gamma.en-fr=0.1", "dco/aya"]
+    assert split_words(words) == ([path, "dco/aya"], ["rounds=1", "dco.gamma.en-fr=0.1"])
+
+
+def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    starts = [line.split()[0] for line in lines if line and not line.startswith("`")]
+    files = {name_of(path) for path in shipped()}
+    assert {name.split(":")[0] for name in starts} == files
+    assert all(len(line) <= 125 for line in lines)
+    assert main(["recipes", "dco/aya"]) == 0
+    assert capsys.readouterr().out == (RECIPES / "dco" / "aya.yaml").read_text()
+    assert main(["recipes", "dco/aia"]) == 2
+    assert "did you mean dco/aya?" in capsys.readouterr().err
+
+
+def test_shipped_recipe_works_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["align", "--dry-run", "dco/demo"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["method"] == "dco"

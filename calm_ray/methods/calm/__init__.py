@@ -1,7 +1,7 @@
 """CALM (Wang, Fan, Wang, Fung and Ji: CALM: Unleashing the Cross-Lingual Self-Aligning Ability of Language Model
-Question Answering): completions in all languages vote, and winning answers are preferred to losing ones.
+Question Answering): completions in all languages vote, and the model learns to prefer winning answers to losing ones.
 
-Its baseline SFT trains on the chosen side of the same pairs.
+The SFT baseline trains on the chosen side of the same pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EXTRACTION = "preferences.extraction"
 class Calm(Method[Preferences]):
     section = "preferences"
     settings = Preferences
-    train_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-6, "warmup_share": 0.1}  # Table 5
+    train_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-6, "warmup_ratio": 0.1}  # Table 5
 
     def check(self, run: RunSettings, own: Preferences) -> None:
         super().check(run, own)
@@ -47,9 +47,9 @@ class Calm(Method[Preferences]):
 
 
 class Sft(Calm):
-    """The paper's baseline: supervised training on the chosen side."""
+    """The paper's baseline: supervised fine-tuning on the chosen side."""
 
-    train_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-5, "warmup_share": 0.0}  # Table 5
+    train_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-5, "warmup_ratio": 0.0}  # Table 5
 
     def objective(self, run: RunSettings, own: Preferences) -> Objective:
         from calm_ray.training.objectives import SFT
@@ -58,9 +58,9 @@ class Sft(Calm):
 
 
 def check_preferences(run: RunSettings, own: Preferences, *, needs_gold: bool) -> None:
-    """Raises ValueError where the section `preferences` does not go with the run."""
+    """Raises ValueError if the section `preferences` is incompatible with the run."""
     if (own.winner == "gold") != needs_gold:
-        raise ValueError("preferences.winner: gold answers train only with method: dpo_gold or sft_gold, and always")
+        raise ValueError("preferences.winner: must be gold with method: dpo_gold or sft_gold, and only with these")
     if own.translator == WORLD and run.model != WORLD:
         raise ValueError("preferences.translator: only the demo world can use world; set it to model")
 

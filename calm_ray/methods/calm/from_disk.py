@@ -1,4 +1,4 @@
-"""`calm-ray pairs` and `calm-ray stats`: votes and pairs from completions that lie on disk, on Ray Data, no engine."""
+"""`calm-ray pairs` and `calm-ray stats`: votes and pairs from completions on disk, on Ray Data, without engines."""
 
 from __future__ import annotations
 
@@ -37,51 +37,51 @@ TASKS_PER_CPU = 3
 
 @dataclass(frozen=True)
 class RecordedJob:
-    """All that a task needs to make the pairs of some chunks."""
+    """Everything a task needs to pair the completions of some chunks."""
 
     chunks: RecordedChunks
     preferences: Preferences
     seed: int
     keeps_pairs: bool = True
-    """Whether the pairs themselves are wanted, not their counts alone."""
+    """Whether to return the pairs; if False, only the counts."""
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """For each row's `chunk` one row: its pairs as Arrow's stream format, its counts as JSON."""
+        """Yields one row per chunk: the pairs as an Arrow IPC stream, the counts as JSON."""
         for chunk in batch["chunk"].to_pylist():
             pairs, counts = make_pairs(self.chunks.read(chunk), self.preferences, self.seed)
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, pairs.schema) as stream:
                 if self.keeps_pairs:
                     stream.write_table(pairs)
-            row = {"chunk": [chunk], "counts": [json.dumps(counts)], "pairs": _one_binary(sink.getvalue())}
-            yield pa.table(row, schema=_MADE)
+            row = {"chunk": [chunk], "counts": [json.dumps(counts)], "pairs": _binary_column(sink.getvalue())}
+            yield pa.table(row, schema=_RESULT)
 
 
-def _one_binary(content: pa.Buffer) -> pa.Array:
-    """A column of one row that holds the buffer itself, not a copy."""
-    ends = pa.array([0, content.size], pa.int64()).buffers()[1]
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, content])
+def _binary_column(content: pa.Buffer) -> pa.Array:
+    """Wraps a buffer as a one-row column without copying it."""
+    offsets = pa.array([0, content.size], pa.int64()).buffers()[1]
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, content])
 
 
-_MADE = pa.schema([("chunk", pa.string()), ("counts", pa.string()), ("pairs", pa.large_binary())])
+_RESULT = pa.schema([("chunk", pa.string()), ("counts", pa.string()), ("pairs", pa.large_binary())])
 
 
 def pairs_of_chunks(job: RecordedJob) -> Iterator[tuple[pa.Table, Counter[str]]]:
-    """The pairs and the counts of every chunk, in the order of the chunks."""
+    """The pairs and counts of every chunk, in order."""
     names = [{"chunk": name} for name in job.chunks.chunks]
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    # Several tasks for each core, so that none waits long for the last one; several chunks for each task.
+    # Several tasks per core balance the load; several chunks per task amortize its overhead.
     tasks = min(len(names), TASKS_PER_CPU * int(ray.cluster_resources()["CPU"]))
     dataset = ray.data.from_items(names, override_num_blocks=tasks)
-    made = dataset.map_batches(job, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
-    for batch in made.iter_batches(batch_size=None, batch_format="pyarrow"):
+    results = dataset.map_batches(job, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
+    for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in range(len(batch)):
             pairs = pa.ipc.open_stream(batch["pairs"][row].as_buffer()).read_all()
             yield pairs, Counter(json.loads(batch["counts"][row].as_py()))
 
 
-def _counted(job: RecordedJob, total: Counter[str]) -> Iterator[pa.Table]:
-    """The pairs of every chunk, with progress; their counts are added to `total`."""
+def _with_progress(job: RecordedJob, total: Counter[str]) -> Iterator[pa.Table]:
+    """Yields the pairs of every chunk, shows progress, and adds the counts to `total`."""
     with progress_bar("vote and pair", len(job.chunks.chunks)) as progress:
         for pairs, counts in pairs_of_chunks(job):
             yield pairs
@@ -90,22 +90,22 @@ def _counted(job: RecordedJob, total: Counter[str]) -> Iterator[pa.Table]:
 
 
 @contextmanager
-def _opened(
+def _open(
     sources: Sequence[str], folder: Path, preferences: Preferences, questions: str | None, on_bad_row: OnBadRow
 ) -> Iterator[Imported]:
-    """The chunks of some sources, and Ray to go through them; chunks that had to be written are deleted after it."""
-    with tempfile.TemporaryDirectory(prefix=".chunks-", dir=folder) as written:
+    """Opens the sources as chunks and connects to Ray; chunks written to `folder` are deleted on exit."""
+    with tempfile.TemporaryDirectory(prefix=".chunks-", dir=folder) as temporary:
         imported = open_completions(
             sources,
-            Stage(Storage(str(Path(written).absolute()))),
+            Stage(Storage(str(Path(temporary).absolute()))),
             questions=questions,
             on_bad_row=on_bad_row,
             own_codes=preferences.preset == "released",
         )
         for reason, count in imported.repaired.most_common():
             say(f"{count} x {reason}")
-        if imported.left_out:
-            say(f"{len(imported.left_out)} bad rows were left out, the first being {imported.left_out[0]}")
+        if imported.skipped:
+            say(f"skipped {len(imported.skipped)} bad rows; first: {imported.skipped[0]}")
         with cluster(Needs([Group("data task", 1, {"CPU": 1.0})]), local_cpus=os.cpu_count() or 1):
             yield imported
 
@@ -119,28 +119,28 @@ def write_pairs(
     questions: str | None = None,
     on_bad_row: OnBadRow = "refuse",
 ) -> dict[str, Any]:
-    """Writes `pairs.parquet` and `stats.json` into the folder `out`; returns what stats.json holds.
+    """Writes `pairs.parquet` and `stats.json` into the folder `out`; returns the content of stats.json.
 
-    What was left out with `skip` is listed in `bad_rows.jsonl`. See `open_completions` for `sources` and `questions`.
-    Raises InputError for bad input, and where `out` holds pairs already.
+    Rows skipped with `on_bad_row="skip"` are listed in `bad_rows.jsonl`. See `open_completions` for `sources` and
+    `questions`. Raises InputError for bad input, or if `out` already holds pairs.
     """
     folder = Path(out).expanduser()
     if (folder / PAIRS_FILE).exists():
-        raise InputError(f"{folder / PAIRS_FILE} is there already; name another folder with --out, or delete it")
+        raise InputError(f"{folder / PAIRS_FILE} already exists; delete it or choose another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
-    with _gone_if_empty(folder), _opened(sources, folder, preferences, questions, on_bad_row) as imported:
+    with _remove_if_empty(folder), _open(sources, folder, preferences, questions, on_bad_row) as imported:
         job = RecordedJob(imported.chunks, preferences, seed)
         total: Counter[str] = Counter()
         unfinished = folder / f".{PAIRS_FILE}.tmp-{os.getpid()}"
         try:
             with pq.ParquetWriter(unfinished, PAIRS) as writer:
-                for pairs in _counted(job, total):
+                for pairs in _with_progress(job, total):
                     writer.write_table(pairs.cast(PAIRS))
             stats = _statistics(total, imported)
             storage = Storage(str(folder.absolute()))
             storage.write_json("stats.json", stats)
-            if imported.left_out:
-                storage.write(BAD_ROWS, as_lines(imported.left_out))
+            if imported.skipped:
+                storage.write(BAD_ROWS, as_lines(imported.skipped))
             unfinished.rename(folder / PAIRS_FILE)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -148,8 +148,8 @@ def write_pairs(
 
 
 @contextmanager
-def _gone_if_empty(folder: Path) -> Iterator[None]:
-    """A folder in which nothing was written to its end is not left behind."""
+def _remove_if_empty(folder: Path) -> Iterator[None]:
+    """Removes the folder on exit if it is empty, as after a failure."""
     try:
         yield
     finally:
@@ -158,8 +158,8 @@ def _gone_if_empty(folder: Path) -> Iterator[None]:
 
 
 def _statistics(counts: Counter[str], imported: Imported) -> dict[str, Any]:
-    """stats.json: the report, and how many rows were left out or repaired."""
-    return {**sample_report(counts), "left_out": len(imported.left_out), "repaired": dict(imported.repaired)}
+    """The content of stats.json: the report and the numbers of skipped and repaired rows."""
+    return {**sample_report(counts), "skipped": len(imported.skipped), "repaired": dict(imported.repaired)}
 
 
 def count_recorded(
@@ -170,13 +170,13 @@ def count_recorded(
     questions: str | None = None,
     on_bad_row: OnBadRow = "refuse",
 ) -> dict[str, Any]:
-    """What `write_pairs` would write into stats.json, without the pairs."""
+    """Returns what `write_pairs` would write into stats.json, without writing pairs."""
     with (
         tempfile.TemporaryDirectory(prefix="calm_ray-") as folder,
-        _opened(sources, Path(folder), preferences, questions, on_bad_row) as imported,
+        _open(sources, Path(folder), preferences, questions, on_bad_row) as imported,
     ):
         job = RecordedJob(imported.chunks, preferences, seed, keeps_pairs=False)
         total: Counter[str] = Counter()
-        for _ in _counted(job, total):
+        for _ in _with_progress(job, total):
             pass
     return _statistics(total, imported)

@@ -1,4 +1,4 @@
-"""Which completion is paired with which: winning and losing ballots, by number. Gold answers play no part here."""
+"""Pairs winning with losing ballots, by index. Does not use gold answers."""
 
 from __future__ import annotations
 
@@ -14,47 +14,48 @@ from calm_ray.core.languages import language_code
 from calm_ray.core.seeds import rng_of
 from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.voting import Ballots, Election, merge_order
-from calm_ray.prompts.extraction import NOBODY, Ints
+from calm_ray.prompts.extraction import NO_ANSWER, Ints
 
 Texts = Sequence[str]
-"""Or an Arrow array of texts."""
+"""A sequence or an Arrow array."""
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """Which ballots win and lose, each in the vote that judges it.
+class Judgment:
+    """Which ballots win and lose, and in which vote.
 
-    Votes are numbered: that of question q is q, that of a language alone is Q + its number among the Q * L.
+    Votes are numbered: q for the joint vote on question q, Q + `Ballots.own` for the vote of one language.
     """
 
     losers: Ints
-    """The losing ballots, question by question."""
+    """The losing ballots, grouped by question."""
     losers_vote: Ints
-    """The vote that judges each of them."""
+    """The vote that each of them lost."""
     winners: Ints
-    """The ballots with a vote's winning answer, in the order of the ballots; a ballot may win in two votes."""
+    """The ballots with a vote's winning answer: those of joint votes in ballot order, then those of single languages. A
+    ballot may win in both."""
     winners_vote: Ints
 
 
-def judge(ballots: Ballots, election: Election, preferences: Preferences, seed: int) -> Judgement:
-    """Every ballot beside the vote that judges it.
+def judge(ballots: Ballots, election: Election, preferences: Preferences, seed: int) -> Judgment:
+    """Determines the winning and losing ballots.
 
-    All languages vote in every question's vote. Those of `preferences.judged_alone`, or all of them with `scope:
-    own_language`, are judged by their own vote instead, and learn from their own winners. A losing ballot is a readable
-    one with another answer than its vote's.
+    All languages take part in the joint vote on a question. Those in `preferences.judged_alone`, or all of them with
+    `scope: own_language`, are judged by their own vote instead and paired with its winners. A parseable ballot loses if
+    its answer differs from the winner of its vote.
     """
     alone = _judged_alone(ballots.languages, preferences)[ballots.language]
     own = len(ballots.questions) + ballots.own
     winner = np.concatenate([election.together.winner, election.alone.winner])
     vote = np.where(alone, own, ballots.question)
-    is_loser = (ballots.answer != NOBODY) & (winner[vote] != NOBODY) & (ballots.answer != winner[vote])
+    is_loser = (ballots.answer != NO_ANSWER) & (winner[vote] != NO_ANSWER) & (ballots.answer != winner[vote])
     losers = np.flatnonzero(is_loser)
     losers = losers[np.argsort(ballots.question[losers], kind="stable")]
     if preferences.negatives is not None:
-        losers = _some_of_each(losers, ballots, preferences.negatives, seed)
-    readable = ballots.answer != NOBODY
-    together, apart = (np.flatnonzero(readable & (ballots.answer == winner[of])) for of in (ballots.question, own))
-    return Judgement(
+        losers = _subsample(losers, ballots, preferences.negatives, seed)
+    parseable = ballots.answer != NO_ANSWER
+    together, apart = (np.flatnonzero(parseable & (ballots.answer == winner[of])) for of in (ballots.question, own))
+    return Judgment(
         losers,
         vote[losers],
         np.concatenate([together, apart]),
@@ -67,37 +68,37 @@ def _judged_alone(languages: Sequence[str], preferences: Preferences) -> NDArray
     return np.array([every or language_code(code) in preferences.judged_alone for code in languages], dtype=np.bool_)
 
 
-def _some_of_each(losers: Ints, ballots: Ballots, most: int, seed: int) -> Ints:
-    """At most so many losers of one question in one language, drawn by `seed`; their order stays."""
+def _subsample(losers: Ints, ballots: Ballots, limit: int, seed: int) -> Ints:
+    """Draws at most `limit` losers per question and language; keeps their order."""
     groups: dict[int, list[int]] = defaultdict(list)
-    for place, own in enumerate(ballots.own[losers].tolist()):
-        groups[own].append(place)
+    for position, own in enumerate(ballots.own[losers].tolist()):
+        groups[own].append(position)
     kept: list[int] = []
-    for own, places in groups.items():
+    for own, positions in groups.items():
         question, language = divmod(own, len(ballots.languages))
         rng = rng_of(seed, "negatives", ballots.questions[question], ballots.languages[language])
-        kept += places if len(places) <= most else rng.sample(places, most)
+        kept += positions if len(positions) <= limit else rng.sample(positions, limit)
     return losers[sorted(kept)]
 
 
 def same_language_first(
-    ballots: Ballots, judgement: Judgement, texts: Texts, preferences: Preferences, seed: int
+    ballots: Ballots, judgment: Judgment, texts: Texts, preferences: Preferences, seed: int
 ) -> tuple[Ints, Ints]:
-    """(winning, losing) ballots: each loser with `positives` winners, those in its own language before the others.
+    """(winning, losing) ballots: pairs each loser with `positives` winners, preferring those in its own language.
 
-    Within each, the order is drawn by `seed`. Texts that are the same count once, so that a loser's positives differ.
+    The order is otherwise random. Identical texts count once, so that a loser's positives differ.
     """
     winners: dict[int, list[int]] = defaultdict(list)
-    for vote, winner in zip(judgement.winners_vote.tolist(), judgement.winners.tolist(), strict=True):
+    for vote, winner in zip(judgment.winners_vote.tolist(), judgment.winners.tolist(), strict=True):
         winners[vote].append(winner)
     language, question = ballots.language.tolist(), ballots.question.tolist()
-    text = pa.array(texts).dictionary_encode().indices.to_pylist()  # a number that is the same for the same text
+    text = pa.array(texts).dictionary_encode().indices.to_pylist()  # identical texts share a number
     rngs = {
         vote: rng_of(seed, "pairs", ballots.questions[question[winners[vote][0]]])
-        for vote in dict.fromkeys(judgement.losers_vote.tolist())
+        for vote in dict.fromkeys(judgment.losers_vote.tolist())
     }
     pairs: list[tuple[int, int]] = []
-    for vote, loser in zip(judgement.losers_vote.tolist(), judgement.losers.tolist(), strict=True):
+    for vote, loser in zip(judgment.losers_vote.tolist(), judgment.losers.tolist(), strict=True):
         order = rngs[vote].sample(winners[vote], len(winners[vote]))
         order.sort(key=lambda winner: language[winner] != language[loser])
         distinct = {(language[winner], text[winner]): winner for winner in reversed(order)}
@@ -108,30 +109,30 @@ def same_language_first(
 
 
 def last_in_merge_order(
-    ballots: Ballots, judgement: Judgement, texts: Texts, preferences: Preferences, seed: int
+    ballots: Ballots, judgment: Judgment, texts: Texts, preferences: Preferences, seed: int
 ) -> tuple[Ints, Ints]:
-    """(winning, losing) ballots: every loser of a vote with the same one, its last winner in `merge_order`.
+    """(winning, losing) ballots: pairs all losers of a vote with its last winner in `merge_order`.
 
-    As in the published files, where that is an English answer whenever an English one wins.
+    Reproduces the published files, where this is an English answer whenever one wins.
     """
     order = merge_order(ballots, preferences.merge_order)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    last = np.full(len(ballots.questions) * (1 + len(ballots.languages)), NOBODY)
-    np.maximum.at(last, judgement.winners_vote, place[judgement.winners])
-    return order[last[judgement.losers_vote]], judgement.losers
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    last = np.full(len(ballots.questions) * (1 + len(ballots.languages)), NO_ANSWER)
+    np.maximum.at(last, judgment.winners_vote, rank[judgment.winners])
+    return order[last[judgment.losers_vote]], judgment.losers
 
 
-PAIRINGS: dict[str, Callable[[Ballots, Judgement, Texts, Preferences, int], tuple[Ints, Ints]]] = {
+PAIRINGS: dict[str, Callable[[Ballots, Judgment, Texts, Preferences, int], tuple[Ints, Ints]]] = {
     "same_language": same_language_first,
     "last": last_in_merge_order,
 }
-"""What `preferences.positive` may say."""
+"""Values of `preferences.positive`."""
 
 
 def pair_up(
     ballots: Ballots, election: Election, texts: Texts, preferences: Preferences, seed: int
 ) -> tuple[Ints, Ints]:
-    """(winning, losing) ballots of all pairs, question by question. `texts` [n] are the completions'."""
-    judgement = judge(ballots, election, preferences, seed)
-    return PAIRINGS[preferences.positive](ballots, judgement, texts, preferences, seed)
+    """(winning, losing) ballots of all pairs, grouped by question. `texts` [n] are the completions."""
+    judgment = judge(ballots, election, preferences, seed)
+    return PAIRINGS[preferences.positive](ballots, judgment, texts, preferences, seed)

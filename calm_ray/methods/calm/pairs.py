@@ -1,4 +1,4 @@
-"""From a vote to pairs of a chosen and a rejected completion in one language (CALM, section 2.2)."""
+"""Builds pairs of a chosen and a rejected completion in one language from a vote (CALM, section 2.2)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Questions = Mapping[tuple[str, str], Question]
 
 @dataclass(frozen=True)
 class Draft:
-    """A losing completion and a winning one, which may still be in another language."""
+    """A losing completion and a winning one, possibly in another language."""
 
     winner: Completion
     loser: Completion
 
     @property
-    def is_carried(self) -> bool:
-        """Whether the winner must be carried over into the loser's language."""
+    def is_translated(self) -> bool:
+        """Whether the winner must be translated into the loser's language."""
         return self.winner["language"] != self.loser["language"]
 
 
@@ -43,20 +43,20 @@ def draft_pairs(
     preferences: Preferences,
     seed: int,
 ) -> list[Draft]:
-    """The pairs of some questions: every losing completion against `positives` winning ones, question by question.
+    """Pairs every losing completion with up to `positives` winning ones, grouped by question.
 
-    `completions` are those that the ballots were made of.
+    `ballots` must come from `completions`, in the same order.
     """
     texts = [row["text"] for row in completions]
     pairs = zip(*pair_up(ballots, election, texts, preferences, seed), strict=True)
     return [Draft(completions[winner], completions[loser]) for winner, loser in pairs]
 
 
-def carry_over(drafts: Sequence[Draft], questions: Questions, translator: Translator) -> list[str | None]:
-    """The text of each draft's chosen side in its loser's language; None where the translator failed."""
-    carried = [draft for draft in drafts if draft.is_carried]
-    texts = iter(translator.carry([_passage(draft, questions) for draft in carried]) if carried else [])
-    return [next(texts) if draft.is_carried else draft.winner["text"] for draft in drafts]
+def translate_winners(drafts: Sequence[Draft], questions: Questions, translator: Translator) -> list[str | None]:
+    """The text of each draft's chosen side in the loser's language; None if the translation failed."""
+    translated = [draft for draft in drafts if draft.is_translated]
+    texts = iter(translator.translate([_passage(draft, questions) for draft in translated]) if translated else [])
+    return [next(texts) if draft.is_translated else draft.winner["text"] for draft in drafts]
 
 
 def _passage(draft: Draft, questions: Questions) -> Passage:
@@ -74,10 +74,10 @@ def finish_pairs(
     instruction: bool,
     round_number: int,
 ) -> list[Pair]:
-    """The pairs of a chunk, numbered within each question. Drafts whose chosen side could not be carried are left out.
+    """The pairs of a chunk, numbered within each question. Drops drafts whose chosen side could not be translated.
 
-    Sampled sides keep the tokens that were sampled, with the end-of-sequence token the model wrote; a carried side ends
-    in one too, unless its original was cut for length.
+    Sampled sides keep their tokens, including the end-of-sequence token if the model wrote one. A translated side ends
+    with its winner's end-of-sequence token, unless the winner was cut for length.
     """
     pairs: list[Pair] = []
     numbers: Counter[str] = Counter()
@@ -95,8 +95,8 @@ def finish_pairs(
 
 
 def _chosen_tokens(draft: Draft, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not draft.is_carried:
+    if not draft.is_translated:
         return draft.winner["token_ids"]
     tokens = list(tokenizer.encode(text, add_special_tokens=False))
-    # The token the model itself stopped with: chat models often end a turn with another one than the tokenizer's EOS.
+    # Use the token the model stopped with: in chat models it often differs from the tokenizer's EOS.
     return [*tokens, draft.winner["token_ids"][-1]] if draft.winner["finish_reason"] == "stop" else tokens

@@ -1,4 +1,4 @@
-"""Completions that lie on disk, in chunks that hold some questions whole, in all their languages."""
+"""Completions on disk, in chunks; a chunk holds all languages of its questions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ASKED = pa.schema(
     [
         ("question_id", pa.string()),
         ("language", pa.string()),
-        ("prompt", pa.string()),  # the question with its options, as the model was asked
+        ("prompt", pa.string()),  # question and options, as shown to the model
         ("choices", pa.list_(pa.string())),
         ("gold", pa.string()),
     ]
@@ -27,24 +27,24 @@ COMPLETIONS = pa.schema(
 
 @dataclass(frozen=True)
 class Recorded:
-    """Some questions in all their languages, and the completions to them."""
+    """Questions in all their languages, and their completions."""
 
     asked: pa.Table
-    """`ASKED`, one row for each question and language."""
+    """`ASKED`, one row per question and language."""
     completions: pa.Table
-    """`COMPLETIONS`, the samples of one question in one language in their order."""
+    """`COMPLETIONS`, with the samples of each question and language in order."""
 
 
 @dataclass(frozen=True)
 class RecordedChunks:
-    """Chunks of completions in two stages. Picklable: tasks read them."""
+    """Chunks of questions and completions, in two stages. Picklable, since tasks read them."""
 
     asked: Stage
-    """A file for each chunk: `ASKED`, or a run's questions."""
+    """One file per chunk: `ASKED`, or a run's questions."""
     completions: Stage
-    """For each chunk a file of its own name, or one for each language, as `00000-en`."""
+    """One file per chunk, under the chunk's name, or one per language, such as `00000-en`."""
     chunks: dict[str, list[str]]
-    """The names of each chunk's files of completions."""
+    """Chunk -> names of its files in `completions`."""
 
     def read(self, chunk: str) -> Recorded:
         asked = self.asked.read_chunk(chunk)
@@ -56,5 +56,5 @@ class RecordedChunks:
 
 
 def asked_of(questions: Sequence[Question]) -> pa.Table:
-    """Questions as `ASKED`."""
+    """Converts questions to `ASKED`."""
     return pa.Table.from_pylist([{**row, "prompt": question_text(row)} for row in questions], ASKED)

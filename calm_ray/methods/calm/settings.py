@@ -1,4 +1,4 @@
-"""The section `preferences` of a recipe: how completions vote, and which pairs they make."""
+"""The recipe section `preferences`: how completions vote and form pairs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from calm_ray.core.sections import Count, Section, unknown_name
 
 PRESETS: dict[str, dict[str, Any]] = {
     "strict": {},
-    # The rules that the published files were made by; found from the files, of which they give every row.
+    # The rules behind the published files, inferred from the files; they reproduce every row.
     "released": {
         "extraction": "released",
         "ties": "first",
@@ -20,52 +20,55 @@ PRESETS: dict[str, dict[str, Any]] = {
         "positive": "last",
     },
 }
-"""What `preferences.preset` fills in, where a recipe does not say otherwise."""
+"""Defaults set by `preferences.preset`."""
 
 
 class Preferences(Section):
-    """From completions to pairs (CALM, section 2.2). Every sample counts the same: weights would need gold answers."""
+    """How completions vote and form pairs (CALM, section 2.2). All samples count equally, since weighting needs gold
+    answers."""
 
     preset: Literal["strict", "released"] = "strict"
-    """`released` makes the pairs that were published with the paper; `strict` is every default below."""
+    """`strict` uses the defaults below. `released` reproduces the pairs published with the paper by changing the
+    defaults of `extraction`, `ties`, `merge_order`, `judged_alone` and `positive`."""
     extraction: Literal["strict", "released"] = "strict"
-    """How an answer is read: one letter after the language's marker, or by the published code's rules."""
+    """How answers are parsed: `strict` reads a single letter after the language's answer marker; `released` follows the
+    paper's published code."""
     scope: Literal["all", "own_language"] = "all"
-    """Who votes: all languages together, or each language for itself (a control)."""
+    """Which completions vote together: those of `all` languages, or each language's own (`own_language`, a control)."""
     judged_alone: list[str] = []
-    """Languages that vote with the others, but whose own completions are judged by their own vote alone."""
+    """Languages that take part in the joint vote, but whose completions are judged by the language's own vote."""
     winner: Literal["vote", "random", "gold"] = "vote"
-    """What wins: the most frequent answer; one of those given, at random (a control); or, by the methods `dpo_gold` and
-    `sft_gold` alone, the most frequent one where it is right."""
-    minimum_agreement: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the readable answers that the most frequent one must have to win."""
+    """Which answer wins: `vote`, the most frequent; `random`, one of the given answers (a control); `gold`, the most
+    frequent, but only if it is correct (required by `method: dpo_gold` and `sft_gold`, invalid with any other)."""
+    min_agreement: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Minimum fraction (0 to 1) of the parseable answers that the most frequent one needs to win."""
     ties: Literal["drop", "first", "smallest", "lowest_entropy"] = "drop"
-    """A tied question gives no pairs; or of the tied answers wins the first in `merge_order`, the alphabetically
-    smallest, or the one whose languages are surest of their answers."""
+    """How ties are resolved: `drop` makes no pairs from the question; `first` picks the tied answer that comes first in
+    `merge_order`; `smallest`, the first letter; `lowest_entropy`, the one given by the most certain languages."""
     merge_order: list[str] = []
-    """The order in which the languages' ballots are counted; others come before these. For `ties: first` and
-    `positive: last`."""
+    """Language order for `ties: first` and `positive: last`; languages not listed come first."""
     positive: Literal["same_language", "last"] = "same_language"
-    """Which winning completions a losing one is paired with: one of its own language first, drawn by the seed; or the
-    last in `merge_order`, the same for all."""
+    """Which winning completions a losing one is paired with: `same_language` draws at random and prefers winners in the
+    loser's language; `last` takes the last winner in `merge_order` for every loser."""
     positives: Count = 1
-    """Winning completions that each losing completion is paired with."""
+    """Maximum number of winning completions paired with each losing one. Must be 1 with `positive: last`."""
     negatives: Count | None = None
-    """Losing completions used of one question in one language; null for all."""
+    """Maximum number of losing completions used per question and language, drawn at random; null uses all."""
     translator: Literal["world", "model"] = "model"
-    """Who carries a winning completion into another language: the demo world itself, or the model, prompted."""
+    """What translates a winning completion into the loser's language: `model` prompts the policy; `world` uses the demo
+    world's own translator (demo world only)."""
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_by_preset(cls, raw: Any) -> Any:
+    def _apply_preset(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and isinstance(raw.get("preset"), str):
             return {**PRESETS.get(raw["preset"], {}), **raw}
         return raw
 
     @model_validator(mode="after")
-    def _one_positive_is_last(self) -> Preferences:
+    def _check(self) -> Preferences:
         if self.positive == "last" and self.positives > 1:
-            raise ValueError("positives: must be 1 with positive: last, which names one winning completion")
+            raise ValueError("positives: must be 1 with positive: last, which picks a single winning completion")
         for field in ("judged_alone", "merge_order"):
             for code in getattr(self, field):
                 if code not in LANGUAGES:

@@ -12,14 +12,14 @@ from calm_ray.core.rows import Pair, Question, Vote, gold_of, rows_of, table
 from calm_ray.core.settings import RunSettings
 from calm_ray.evaluation.tables import percent
 from calm_ray.methods.base import ChunkJob, Column, Entry
-from calm_ray.methods.calm.pairs import carry_over, draft_pairs, finish_pairs
+from calm_ray.methods.calm.pairs import draft_pairs, finish_pairs, translate_winners
 from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.vote_report import columns_of_pairs, count_samples, sample_report
 from calm_ray.methods.calm.voting import Ballots, Election, ballots_of, elect, right_answers, vote_rows
 from calm_ray.methods.round import QuestionView, Round
 from calm_ray.methods.shared.pairs import PAIRS_COLUMN, PairStep
 from calm_ray.methods.shared.sample import completions_of
-from calm_ray.methods.translation import load_tokenizer, translator_named
+from calm_ray.methods.translation import load_tokenizer, make_translator
 from calm_ray.methods.work import BYTES_PER_TOKEN, Sizes, Work
 from calm_ray.run.policies import RunModel
 from calm_ray.run.stage import Stage
@@ -37,20 +37,20 @@ VOTE_COLUMN = Column(
 
 @dataclass(frozen=True)
 class VoteAndPair(PairStep):
-    """The vote on every question, and the pairs that follow from it (CALM, section 2.2)."""
+    """Votes on every question and pairs the completions (CALM, section 2.2)."""
 
     settings: RunSettings
     preferences: Preferences
 
     title = "vote and pair"
-    beside = (VOTES,)
+    also_fills = (VOTES,)
     reads = ("questions", "sample")
     keys = ("preferences",)
     columns = (VOTE_COLUMN, PAIRS_COLUMN)
-    why_empty = "all languages agree wherever there is a winner"
+    empty_reason = "every question with a winner is unanimous"
 
     def job(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> ChunkJob:
-        round.engines.refresh(round.start)  # who wrote the completions may have to translate them
+        round.engines.refresh(round.start)  # the policy may also have to translate its completions
         return VoteJob(
             questions=inputs[0],
             completions=inputs[1],
@@ -64,14 +64,14 @@ class VoteAndPair(PairStep):
         )
 
     def note(self, made: Counter[str]) -> str:
-        lost = made["drafts"] - made["pairs"]
-        return f"{made['pairs']} pairs" + (f", {lost} not carried over" if lost else "")
+        dropped = made["drafts"] - made["pairs"]
+        return f"{made['pairs']} pairs" + (f", {dropped} not translated" if dropped else "")
 
     def record(self, counts: Counter[str]) -> Entry:
         return {**super().record(counts), "vote": sample_report(counts)}
 
     def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
-        """As if every completion lost, and every chosen side had to be carried over."""
+        """Assumes that every completion loses and every chosen side must be translated."""
         preferences, completions = self.preferences, self.settings.sampling.completions
         losing = min(preferences.negatives or completions, completions)
         pairs = sizes.questions * sizes.languages * losing * preferences.positives
@@ -85,7 +85,7 @@ class VoteAndPair(PairStep):
         )
 
     def summary_of_start(self, record: Entry) -> Entry:
-        """The vote is that of completions which the policy wrote that the round starts from."""
+        """The voting completions were sampled from the policy the round starts from."""
         return {"vote_accuracy": record["vote"]["vote_accuracy"], "vote": record["vote"]}
 
     def show(self, view: QuestionView) -> None:
@@ -97,7 +97,7 @@ class VoteAndPair(PairStep):
 
 @dataclass(frozen=True)
 class VoteJob(ChunkJob):
-    """All that a task needs to turn one chunk of completions, in all languages, into votes and pairs."""
+    """Turns one chunk of completions, in all languages, into votes and pairs."""
 
     questions: Stage
     completions: Stage
@@ -115,8 +115,8 @@ class VoteJob(ChunkJob):
         ballots = ballots_of(completions)
         election = self._elect(ballots, questions.values())
         drafts = draft_pairs(completions, ballots, election, self.preferences, self.settings.seed)
-        translator = translator_named(self.preferences.translator, self.settings, self.text_service)
-        texts = carry_over(drafts, questions, translator)
+        translator = make_translator(self.preferences.translator, self.settings, self.text_service)
+        texts = translate_winners(drafts, questions, translator)
         instruction = self.settings.sampling.instruction
         pairs = finish_pairs(drafts, texts, questions, load_tokenizer(self.model), instruction, self.round_number)
         self.votes.write(chunk, table(Vote, vote_rows(ballots, election)))
@@ -124,7 +124,7 @@ class VoteJob(ChunkJob):
         return Counter(drafts=len(drafts), pairs=len(pairs))
 
     def count(self, chunk: str) -> Counter[str]:
-        """What the report of a round counts in a chunk; gold answers are read for it after the pairs are written."""
+        """Counts a chunk for the round's report, which compares with gold answers after the pairs have been written."""
         questions = rows_of(self.questions.read_chunk(chunk))
         ballots = ballots_of(completions_of(self.completions, chunk, self.settings.languages))
         pairs = columns_of_pairs(rows_of(self.pairs.read_chunk(chunk)), ballots)
@@ -144,6 +144,6 @@ class VoteJob(ChunkJob):
 
 def _show_vote(vote: Vote, gold: str | None) -> None:
     counts = ", ".join(f"{answer}: {count}" for answer, count in vote["counts"].items())
-    known = f"; the right answer, which takes no part: {gold}" if gold else ""
+    known = f"; gold answer, for reference: {gold}" if gold else ""
     winner = vote["winner"] or "none (tied)"
     console.print(f"vote: {counts}; winner {winner}, agreement {vote['agreement']:.0%}{known}\n")

@@ -1,6 +1,6 @@
-"""What sampled answers, their votes and their pairs amount to in numbers. Counts of chunks add up.
+"""Statistics of sampled answers, their votes and their pairs. Counts are additive over chunks.
 
-Gold answers are read here to report how right a vote is, after it is held.
+Gold answers are only used to report the accuracy of a finished vote.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from calm_ray.core.rows import Pair
 from calm_ray.evaluation.metrics import ac3, pairwise_agreement
 from calm_ray.methods.calm.voting import Ballots, Election
-from calm_ray.prompts.extraction import NOBODY, Ints, letter_index
+from calm_ray.prompts.extraction import NO_ANSWER, Ints, letter_index
 
 AGREEMENT_BINS = 10
 
 
 @dataclass(frozen=True)
 class PairColumns:
-    """P pairs by number: indices into a `Ballots`' questions and languages, and letters."""
+    """P pairs as indices into the questions and languages of a `Ballots`, and into the letters."""
 
     question: Ints
     language: Ints
@@ -48,7 +48,7 @@ def columns_of_pairs(pairs: Iterable[Pair], ballots: Ballots) -> PairColumns:
 
 
 def columns_of_ballots(ballots: Ballots, winners: Ints, losers: Ints) -> PairColumns:
-    """The pairs of winning and losing ballots, by number."""
+    """Columns of the pairs given by winning and losing ballots."""
     return PairColumns(
         ballots.question[losers],
         ballots.language[losers],
@@ -58,35 +58,35 @@ def columns_of_ballots(ballots: Ballots, winners: Ints, losers: Ints) -> PairCol
     )
 
 
-def first_answers(ballots: Ballots, readable: bool) -> Ints:
-    """[Q, L], the answer of each language's first completion, or of its first readable one; NOBODY without one."""
+def first_answers(ballots: Ballots, parseable: bool) -> Ints:
+    """[Q, L], the answer of each language's first completion, or first parseable one; NO_ANSWER if there is none."""
     count = len(ballots.answer)
-    candidates = np.flatnonzero(ballots.answer != NOBODY) if readable else np.arange(count)
+    candidates = np.flatnonzero(ballots.answer != NO_ANSWER) if parseable else np.arange(count)
     first = np.full(len(ballots.questions) * len(ballots.languages), count)
     np.minimum.at(first, ballots.own[candidates], candidates)
-    return np.append(ballots.answer, NOBODY)[first].reshape(len(ballots.questions), len(ballots.languages))
+    return np.append(ballots.answer, NO_ANSWER)[first].reshape(len(ballots.questions), len(ballots.languages))
 
 
 def count_samples(
     ballots: Ballots, election: Election, pairs: PairColumns, right: Ints, *, as_released: bool
 ) -> Counter[str]:
-    """What `sample_report` needs of one chunk; a name and a language or bin are joined by a slash.
+    """Counts of one chunk for `sample_report`; keys per language or bin are `name/language` or `name/bin`.
 
-    `right` [Q] are the gold answers, NOBODY where unknown.
+    `right` [Q] are the gold answers, NO_ANSWER if unknown.
 
-    `as_released`: a language answers with its first readable completion, and questions that not every language answers
-    are no part of Consistency (as CALM's published figures are computed). Otherwise its first completion counts, and an
-    unreadable one is wrong and agrees with nothing.
+    `as_released` computes the metrics like CALM's published figures: a language answers with its first parseable
+    completion, and Consistency skips questions that some language does not answer. Otherwise the first completion
+    counts, and an unparseable one is wrong and agrees with nothing.
     """
     languages = ballots.languages
-    known = right != NOBODY
+    known = right != NO_ANSWER
     counts: Counter[str] = Counter()
 
     def by_language(name: str, language: Ints) -> None:
         for code, count in zip(languages, np.bincount(language, minlength=len(languages)), strict=True):
             counts[f"{name}/{code}"] += int(count)
 
-    together, readable = election.together, ballots.answer != NOBODY
+    together, parseable = election.together, ballots.answer != NO_ANSWER
     counts["questions"] = len(ballots.questions)
     counts["tied"] = int(together.tied.sum())
     counts["known"] = int(known.sum())
@@ -96,30 +96,30 @@ def count_samples(
         counts[f"agreement/{bin_number}"] = int(count)
 
     counts["completions"] = len(ballots.answer)
-    counts["unreadable"] = int((~readable).sum())
+    counts["unparseable"] = int((~parseable).sum())
     is_right = known[ballots.question] & (ballots.answer == right[ballots.question])
     by_language("samples", ballots.language[known[ballots.question]])
     by_language("sample_right", ballots.language[is_right])
-    by_language("positives", ballots.language[readable & (ballots.answer == together.winner[ballots.question])])
+    by_language("positives", ballots.language[parseable & (ballots.answer == together.winner[ballots.question])])
 
-    # A question that is not there in a language, since its translation failed, is no question to that language.
+    # A question may be missing in a language because its translation failed; it does not count for that language.
     was_asked = (
         np.bincount(ballots.own, minlength=len(ballots.questions) * len(languages)).reshape(-1, len(languages)) > 0
     )
     by_language("asked", np.nonzero(was_asked & known[:, None])[1])
     own_right = (election.alone.winner.reshape(-1, len(languages)) == right[:, None]) & known[:, None]
-    first = first_answers(ballots, readable=as_released)
+    first = first_answers(ballots, parseable=as_released)
     first_right = (first == right[:, None]) & known[:, None]
     by_language("own_vote_right", np.nonzero(own_right)[1])
     by_language("answer_right", np.nonzero(first_right)[1])
     if len(languages) > 1:
-        compared = first[((first != NOBODY) if as_released else was_asked).all(axis=1)]
+        compared = first[((first != NO_ANSWER) if as_released else was_asked).all(axis=1)]
         counts["compared"] = len(compared)
         counts["agreeing"] = float(pairwise_agreement(compared).sum())  # type: ignore[assignment]
 
     known_pairs = known[pairs.question]
     counts["pairs"] = len(pairs.question)
-    counts["carried"] = int((pairs.language != pairs.chosen_language).sum())
+    counts["translated"] = int((pairs.language != pairs.chosen_language).sum())
     counts["known_pairs"] = int(known_pairs.sum())
     for side, letters in (("chosen", pairs.chosen), ("rejected", pairs.rejected)):
         counts[f"{side}_right"] = int((known_pairs & (letters == right[pairs.question])).sum())
@@ -129,19 +129,19 @@ def count_samples(
 
 
 def sample_report(counts: Counter[str]) -> dict[str, Any]:
-    """How a vote went, and, where gold is known, how right it is beside each language alone. Shares, 0 to 1.
+    """The outcome of a vote and, if gold is known, its accuracy and that of each language alone. Fractions, 0 to 1.
 
-    `positives`: the winning completions by language (CALM, Table 7). `pairs_by_language`: of the losing side (Table 8).
-    `chosen_from`: the languages that the pairs' winning sides were written in. `agreement`: the questions by the share
-    of the readable answers that their most frequent one has, in tenths. Three ways to let a language answer alone:
-    `sample_accuracy` of its single completions, `own_vote_accuracy` of their majority, and `accuracy_by_language` of
-    the first of them, as `consistency` and `ac3` take it. None stands for what cannot be known without gold answers.
+    `positives`: winning completions by language (CALM, Table 7). `pairs_by_language`: pairs by language of the losing
+    side, as counts (Table 8). `chosen_from`: pairs by original language of the winning side. `agreement`: questions by
+    the fraction of parseable answers equal to the most frequent one, in tenths. A language's accuracy is measured in
+    three ways: `sample_accuracy` over single completions, `own_vote_accuracy` of their majority, and
+    `accuracy_by_language` of the first completion, which `consistency` and `ac3` also use. None without gold answers.
     """
 
     def by_language(name: str) -> dict[str, int]:
         return {key.partition("/")[2]: count for key, count in counts.items() if key.startswith(f"{name}/")}
 
-    def shares(name: str) -> dict[str, float]:
+    def fractions(name: str) -> dict[str, float]:
         total = sum(by_language(name).values())
         return {code: count / max(1, total) for code, count in by_language(name).items()}
 
@@ -154,12 +154,12 @@ def sample_report(counts: Counter[str]) -> dict[str, Any]:
         "vote_accuracy": None,
         "consistency": counts["agreeing"] / counts["compared"] if counts["compared"] else None,
         "ac3": None,
-        "unreadable_samples": counts["unreadable"] / max(1, counts["completions"]),
+        "unparseable_samples": counts["unparseable"] / max(1, counts["completions"]),
         "tied": counts["tied"] / max(1, counts["questions"]),
-        "carried": counts["carried"] / max(1, counts["pairs"]),
-        "positives": shares("positives"),
-        "chosen_from": shares("chosen_from"),
-        "agreement": shares("agreement"),
+        "translated": counts["translated"] / max(1, counts["pairs"]),
+        "positives": fractions("positives"),
+        "chosen_from": fractions("chosen_from"),
+        "agreement": fractions("agreement"),
     }
     if known := counts["known"]:
         samples, asked = by_language("samples"), by_language("asked")

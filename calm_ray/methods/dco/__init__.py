@@ -1,7 +1,7 @@
-"""DCO (Optimizing Language Models for Crosslingual Knowledge Consistency): candidate answers are scored in every
-language, and each language learns to weigh them as all languages together do.
+"""DCO (Optimizing Language Models for Crosslingual Knowledge Consistency).
 
-With `candidates.form: samples`, which the paper does not have, the candidates are what the policy itself answers.
+Scores candidate answers in every language and trains each language toward the preferences of all languages combined.
+`candidates.form: samples` (not in the paper) uses the policy's own answers as candidates.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class DcoMethod(Method[Dco]):
     section = "dco"
     settings = Dco
-    train_defaults: ClassVar[Mapping[str, Any]] = {  # Appendix G, with the schedule of the released code
-        "learning_rate": 1e-5, "warmup_share": 0.0, "schedule": "linear", "epochs": 1, "beta": 1.0,
-        "validation_share": 0.0, "reference": "previous",
+    train_defaults: ClassVar[Mapping[str, Any]] = {  # Appendix G; schedule from the released code
+        "learning_rate": 1e-5, "warmup_ratio": 0.0, "schedule": "linear", "epochs": 1, "beta": 1.0,
+        "validation_fraction": 0.0, "reference": "previous",
     }  # fmt: skip
 
     def defaults(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,17 +30,19 @@ class DcoMethod(Method[Dco]):
 
     def check(self, run: RunSettings, own: Dco) -> None:
         if len(run.languages) < 2:
-            raise ValueError("languages: DCO compares languages and needs two or more")
-        if run.rounds == 0 and run.draws_candidates:
-            raise ValueError("rounds: must be 1 or more, since candidates.form: samples has none before round 1")
+            raise ValueError("languages: DCO needs at least two languages")
+        if run.rounds == 0 and run.samples_candidates:
+            raise ValueError(
+                "rounds: must be at least 1, since candidates.form: samples has no candidates before round 1"
+            )
         if run.train.sft_weight:
-            raise ValueError("train.sft_weight: with DCO neither candidate of a pair is the better one; leave it out")
+            raise ValueError("train.sft_weight: must be 0 with DCO, where neither candidate of a pair is preferred")
         if own.anchor and own.anchor.language not in run.languages:
             raise ValueError(f"dco.anchor.language: {own.anchor.language} is not one of the run's languages")
         for pair in own.gamma if isinstance(own.gamma, dict) else ():
             first, _, second = pair.partition("-")
             if first == second or not {first, second} <= set(run.languages):
-                raise ValueError(f"dco.gamma: {pair} does not name two of the run's languages, like en-fr")
+                raise ValueError(f"dco.gamma: {pair} does not name two of the run's languages (example: en-fr)")
 
     def needs_gold(self, own: Dco) -> bool:
         return own.exclude_gold
@@ -52,7 +54,7 @@ class DcoMethod(Method[Dco]):
         from calm_ray.methods.shared.scores import ReferenceScores
 
         scores = ReferenceScores(run)
-        first = (Sample(run), DrawCandidates(run)) if run.draws_candidates else ()
+        first = (Sample(run), DrawCandidates(run)) if run.samples_candidates else ()
         return *first, scores, PairCandidates(run, scores, own)
 
     def objective(self, run: RunSettings, own: Dco) -> Objective:
@@ -61,7 +63,7 @@ class DcoMethod(Method[Dco]):
         return DCO(run.train.beta, own.loss)
 
     def evaluation(self, run: RunSettings, own: Dco) -> Evaluation:
-        """With the optimal policy, where there is one: of two languages drawn out of more, each two have their own."""
+        """Adds the optimal policy if there is one: bilingual pairs of three or more languages do not share one."""
         from calm_ray.methods.dco.optimum import optimum_steps
         from calm_ray.methods.shared.evaluation import evaluation_steps
 
@@ -70,7 +72,7 @@ class DcoMethod(Method[Dco]):
         more = [*steps, *(optimum_steps(run, own) if has_optimum else ())]
         return answers, *more
 
-    def remark(self, run: RunSettings, own: Dco) -> str:
+    def notice(self, run: RunSettings, own: Dco) -> str:
         from calm_ray.methods.dco.gamma import check_gamma
 
         return check_gamma(own, run.languages, run.train.beta)

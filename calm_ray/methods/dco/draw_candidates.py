@@ -1,4 +1,4 @@
-"""Candidates out of the policy's own samples, in every language: one task takes one chunk."""
+"""Draws candidates from the policy's own samples and translates them into every language, one task per chunk."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from calm_ray.core.rows import CandidateSet, Completion, Question, rows_of, table
 from calm_ray.core.settings import RunSettings
 from calm_ray.methods.base import ChunkJob, DataStep, Entry
-from calm_ray.methods.dco.sampled_candidates import candidate_sets, carry, draw
+from calm_ray.methods.dco.sampled_candidates import candidate_sets, draw, translate_candidates
 from calm_ray.methods.round import Round
 from calm_ray.methods.shared.sample import completions_of
-from calm_ray.methods.translation import load_tokenizer, translator_named
+from calm_ray.methods.translation import load_tokenizer, make_translator
 from calm_ray.methods.work import BYTES_PER_TOKEN, Sizes, Work
 from calm_ray.run.model_files import context_tokens
 from calm_ray.run.policies import RunModel
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DrawCandidates(DataStep):
-    """Up to `candidates.most` of the answers to each question that differ, carried into all languages."""
+    """Draws up to `candidates.max_candidates` distinct answers per question, translated into all languages."""
 
     settings: RunSettings
 
     name = "candidates"
     reads = ("questions", "sample")
-    keys = ("candidates.most", "candidates.translator")
+    keys = ("candidates.max_candidates", "candidates.translator")
 
     def job(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> ChunkJob:
-        round.engines.refresh(round.start)  # who wrote the completions may have to translate them
+        round.engines.refresh(round.start)  # the policy that sampled may also have to translate
         folder = round.model.local_folder(weights=False)
         limit = context_tokens(folder, self.settings.engines.args)
         text_service = round.engines.text_service
@@ -42,16 +42,16 @@ class DrawCandidates(DataStep):
         return DrawJob(questions, completions, output, self.settings, round.model, round.number, text_service, limit)
 
     def note(self, made: Counter[str]) -> str:
-        return f"{made['candidates']} candidates of {made['questions']} questions"
+        return f"{made['candidates']} candidates for {made['questions']} questions"
 
     def record(self, counts: Counter[str]) -> Entry:
         return dict(counts)
 
     def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
-        """As if every candidate had to be carried over into all languages but its own."""
+        """An upper bound: assumes that every candidate is translated into all other languages."""
         candidates = self.settings.candidates
         assert candidates is not None
-        rows = sizes.questions * candidates.most
+        rows = sizes.questions * candidates.max_candidates
         translates = candidates.translator == "model"
         return Work(
             rows=rows,
@@ -63,7 +63,7 @@ class DrawCandidates(DataStep):
 
 @dataclass(frozen=True)
 class DrawJob(ChunkJob):
-    """All that a task needs to turn a chunk of completions into candidate sets."""
+    """Everything a task needs to turn a chunk of completions into candidate sets."""
 
     questions: Stage
     completions: Stage
@@ -73,7 +73,7 @@ class DrawJob(ChunkJob):
     round_number: int
     text_service: TextService
     context_tokens: int | None
-    """The most tokens of a prompt and a candidate that the engines take; None where nothing says it."""
+    """The engines' limit on prompt plus candidate, in tokens; None if unknown."""
 
     def make(self, chunk: str) -> Counter[str]:
         settings, candidates = self.settings, self.settings.candidates
@@ -84,15 +84,18 @@ class DrawJob(ChunkJob):
             if by_language.keys() >= set(settings.languages)
         }
         completions = self._completions(chunk)
-        drawn = {key: draw(completions[key], candidates.most, settings.seed, self.round_number) for key in questions}
-        translator = translator_named(candidates.translator, settings, self.text_service)
+        drawn = {
+            key: draw(completions[key], candidates.max_candidates, settings.seed, self.round_number)
+            for key in questions
+        }
+        translator = make_translator(candidates.translator, settings, self.text_service)
         tokenizer = load_tokenizer(self.model)
         sets = [
             found
-            for key, carried in carry(drawn, questions, translator).items()
+            for key, translated in translate_candidates(drawn, questions, translator).items()
             for found in candidate_sets(
                 questions[key],
-                carried,
+                translated,
                 tokenizer,
                 instruction=settings.sampling.instruction,
                 context_tokens=self.context_tokens,
@@ -102,12 +105,12 @@ class DrawJob(ChunkJob):
         return self._count(sets)
 
     def count(self, chunk: str) -> Counter[str]:
-        """The questions of a chunk that have candidates, and their candidates."""
+        """Counts the chunk's questions that have candidates, and their candidates."""
         return self._count(rows_of(self.output.read_chunk(chunk)))
 
     def _count(self, sets: Sequence[CandidateSet]) -> Counter[str]:
-        own = [row for row in sets if row["language"] == self.settings.languages[0]]  # the others are parallel
-        return Counter(questions=len(own), candidates=sum(len(row["texts"]) for row in own))
+        rows = [row for row in sets if row["language"] == self.settings.languages[0]]  # other languages are parallel
+        return Counter(questions=len(rows), candidates=sum(len(row["texts"]) for row in rows))
 
     def _questions(self, chunk: str) -> dict[str, dict[str, Question]]:
         found: dict[str, dict[str, Question]] = defaultdict(dict)
@@ -116,7 +119,7 @@ class DrawJob(ChunkJob):
         return found
 
     def _completions(self, chunk: str) -> dict[str, list[Completion]]:
-        """The completions of each question, in all languages."""
+        """Returns each question's completions in all languages."""
         found: dict[str, list[Completion]] = defaultdict(list)
         for row in completions_of(self.completions, chunk, self.settings.languages):
             found[row["question_id"]].append(row)

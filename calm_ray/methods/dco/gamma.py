@@ -1,6 +1,6 @@
-"""Gamma: how far each language follows the others, and the policy that this leads to. Pure functions over arrays.
+"""Gamma, the weight of each language's margins in the others' targets, and the optimal policy it implies.
 
-L languages, Q questions, K candidates at most; where a question has fewer, its log-probabilities end in -inf.
+Pure functions over arrays: L languages, Q questions, at most K candidates (padded with log-probabilities of -inf).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from calm_ray.methods.dco.settings import Dco
 
 Floats = NDArray[np.float64]
 
-RANK_ONE = 1e-6
-"""A second singular value below this share of the first is none."""
+RANK_ONE_TOLERANCE = 1e-6
+"""Relative tolerance: a second singular value below this fraction of the first counts as 0."""
 
 
 def gammas(settings: Dco, languages: Sequence[str], beta: float) -> Floats:
-    """[L, L], gamma_ij: how far language i follows the margins of language j; 0 on the diagonal (DCO, Eq. 15)."""
+    """Returns gamma [L, L]: gamma_ij weighs language j's margins in language i's target; diagonal 0 (DCO, Eq. 15)."""
     gamma = np.full((len(languages), len(languages)), float(beta))
     if isinstance(settings.gamma, dict):
         for pair, value in settings.gamma.items():
@@ -36,64 +36,65 @@ def gammas(settings: Dco, languages: Sequence[str], beta: float) -> Floats:
 
 
 def exponents(gamma: Floats, beta: float) -> Floats:
-    """[L, L], Gamma of Eq. 17: ones on the diagonal, gamma_ij / beta elsewhere; the exponents of Eq. 10."""
+    """Returns Gamma [L, L] of Eq. 17, the exponents of Eq. 10: ones on the diagonal, gamma_ij / beta elsewhere."""
     return np.eye(len(gamma)) + gamma / beta
 
 
 def distance_from_rank_one(gamma: Floats, beta: float) -> float:
-    """The second singular value of Gamma as a share of the first.
+    """Returns the ratio of Gamma's second singular value to its first.
 
-    Where it is 0, the optimal policy is consistent (DCO, Lemma 3); for two languages that is gamma_12 gamma_21 =
-    beta^2 (Lemma 1).
+    At 0 the optimal policy is consistent (DCO, Lemma 3); for two languages this means gamma_12 gamma_21 = beta^2
+    (Lemma 1).
     """
     first, second, *_ = np.linalg.svd(exponents(gamma, beta), compute_uv=False)
     return float(second / first)
 
 
 def inconsistent_pairs(gamma: Floats, beta: float) -> list[tuple[int, int]]:
-    """The pairs of languages that are not led to a consistent policy: gamma_ij gamma_ji is not beta^2 (Lemma 1)."""
+    """Returns the language pairs whose optimal policy is inconsistent: gamma_ij gamma_ji is not beta^2 (Lemma 1)."""
     rows, columns = np.triu_indices(len(gamma), 1)
     products = gamma[rows, columns] * gamma[columns, rows] / beta**2
-    off = np.abs(products - 1) > RANK_ONE
+    off = np.abs(products - 1) > RANK_ONE_TOLERANCE
     return [(int(i), int(j)) for i, j in zip(rows[off], columns[off], strict=True)]
 
 
 def check_gamma(settings: Dco, languages: Sequence[str], beta: float) -> str:
-    """What a run's gamma means for the consistency of the policies it leads to, for a person."""
+    """Tells the user whether a run's gamma leads to consistent policies."""
     gamma = gammas(settings, languages, beta)
     if settings.languages == "joint" or len(languages) == 2:
         return describe_gamma(distance_from_rank_one(gamma, beta))
     pairs = [f"{languages[i]}-{languages[j]}" for i, j in inconsistent_pairs(gamma, beta)]
     if not pairs:
-        return "gamma_ij gamma_ji is beta^2 for every two languages: they are led to rank candidates alike"
+        return "gamma_ij gamma_ji is beta^2 for every language pair: the optimal policies rank candidates consistently"
     return (
-        f"warning: gamma_ij gamma_ji is not beta^2 for {', '.join(pairs)}: these are not led to rank candidates alike"
+        f"warning: gamma_ij gamma_ji is not beta^2 for {', '.join(pairs)}: even the optimal policies of these pairs "
+        "rank candidates inconsistently; see dco.gamma and dco.anchor"
     )
 
 
 def describe_gamma(distance: float) -> str:
-    """What the second singular value of Gamma, as a share of the first, says of the optimal policy (DCO, Lemma 3)."""
-    if distance < RANK_ONE:
-        return "Gamma is of rank one: the optimal policy ranks candidates alike in all languages"
+    """Explains `distance_from_rank_one` to the user (DCO, Lemma 3)."""
+    if distance < RANK_ONE_TOLERANCE:
+        return "Gamma has rank one: the optimal policy ranks candidates identically in all languages"
     return (
-        f"warning: Gamma is not of rank one (its second singular value is {distance:.3g} of the first): even the "
-        "optimal policy ranks candidates differently in different languages; see dco.gamma and dco.anchor"
+        f"warning: Gamma does not have rank one (its second singular value is {distance:.3g} times the first): even "
+        "the optimal policy ranks candidates differently across languages; see dco.gamma and dco.anchor"
     )
 
 
 def target_margins(ref_margins: Floats, gamma: Floats) -> Floats:
-    """[P, L], what beta times each language's margin is fitted to: sum_j gamma_ij Delta_ref_j (DCO, Eq. 11 and 15).
+    """Returns the targets [P, L] for beta times each margin: sum_j gamma_ij Delta_ref_j (DCO, Eq. 11 and 15).
 
-    `ref_margins` [P, L]: log p(chosen) - log p(rejected) of each pair in each language, under the reference.
+    `ref_margins` [P, L]: log p(chosen) - log p(rejected) under the reference.
     """
     return np.asarray(ref_margins @ gamma.T)
 
 
 def optimal_logps(logps: Floats, gamma: Floats, beta: float) -> Floats:
-    """[L, Q, K], the optimal policy's log-probabilities but for a constant of each question (DCO, Eq. 10 and 16).
+    """Returns the optimal policy's log-probabilities [L, Q, K], up to a constant per question (DCO, Eq. 10 and 16).
 
-    A product of experts: the reference's own `logps` [L, Q, K], and the other languages' by their exponents.
+    A product of experts: the reference's `logps` [L, Q, K] in all languages, weighted by their exponents.
     """
     weights = exponents(gamma, beta)
-    # Language by language, since an exponent of 0 would make a missing candidate's -inf something else.
+    # Not a matrix product: an exponent of 0 would turn a missing candidate's -inf into NaN.
     return np.stack([sum(w * one for w, one in zip(row, logps, strict=True) if w) for row in weights])

@@ -1,4 +1,4 @@
-"""The objective of DCO: each language's margin is fitted to the margins of the others."""
+"""The DCO objective: fits each language's margin to the margins of the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DCO(Objective):
-    """|beta margin - target|, with the target that the pairs carry (Eq. 11 and 15). Neither side is the better one."""
+    """|beta margin - target|, with the target stored in each pair (Eq. 11 and 15). Neither side is preferred."""
 
     beta: float
     loss: Literal["absolute", "huber", "squared"] = "absolute"
@@ -45,11 +45,11 @@ class DCO(Objective):
 
 
 def dco_losses(margins: Tensor, targets: Tensor, *, beta: float, kind: str = "absolute") -> Tensor:
-    """DCO, one loss for each pair in each language, all shapes [B] (DCO, Eq. 11): |beta m - target|.
+    """Returns |beta m - target| (DCO, Eq. 11), one loss per pair and language; all shapes [B].
 
-    `margins` are m = (log p(chosen) - log p(rejected)) - (the same under the reference); `targets` the reference's
-    margins in the other languages, weighed by gamma. Where the policy is the reference, the loss is |target|. Summed
-    over the languages of a pair this is Eq. 11; `huber` (quadratic within a nat) and `squared` have the same minimum.
+    `margins` are m = (log p(chosen) - log p(rejected)) - (the same under the reference); `targets` are the reference's
+    margins in the other languages, weighted by gamma. If the policy equals the reference, the loss is |target|. Summed
+    over a pair's languages this is Eq. 11; `huber` (quadratic within 1 nat) and `squared` have the same minimum.
     """
     import torch
     from torch.nn import functional as F

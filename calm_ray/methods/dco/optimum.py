@@ -1,4 +1,4 @@
-"""The optimal policy that a round's reference leads to, beside the round's policy; it needs no training."""
+"""The optimal policy under a round's reference, computed without training and compared with the round's policy."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from dataclasses import dataclass, replace
 from calm_ray.core.settings import RunSettings
 from calm_ray.evaluation.from_scores import ScoreCounter
 from calm_ray.evaluation.score_report import count_distance, count_scores, distance_report, score_report
-from calm_ray.evaluation.scores import chunks_of
+from calm_ray.evaluation.scores import chunk_names
 from calm_ray.evaluation.tables import OPTIMAL
 from calm_ray.methods.base import Entry, Step
 from calm_ray.methods.dco.gamma import gammas, optimal_logps
 from calm_ray.methods.dco.settings import Dco
 from calm_ray.methods.round import Round
-from calm_ray.methods.shared.evaluation import LikeliestAnswers, ReferenceOnHeldOut
+from calm_ray.methods.shared.evaluation import MostLikelyAnswers, ReferenceOnHeldOut
 from calm_ray.methods.shared.scores import ReferenceScores, Scores, ScoringStep
 from calm_ray.run.stage import Stage
 
 
 @dataclass(frozen=True)
 class Optimum(Step):
-    """The optimal policy's figures on the questions trained on and on those held out, and how far the policy is."""
+    """Metrics of the optimal policy on training and held-out questions, and the policy's distance from it."""
 
     settings: RunSettings
     dco: Dco
     scored: tuple[tuple[ScoringStep, ReferenceScores], ...]
-    """The policy's scores, and the reference's of the same candidates."""
+    """Steps with the policy's scores and with the reference's scores of the same candidates."""
 
     name = OPTIMAL
 
@@ -44,7 +44,7 @@ class Optimum(Step):
         return max(policy.first_round for policy, _ in self.scored)
 
     def make(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> None:
-        from calm_ray.cluster.over_chunks import count_over
+        from calm_ray.cluster.over_chunks import sum_over_chunks
 
         record: Entry = {}
         stages = dict(zip(self.reads, inputs, strict=True))
@@ -52,7 +52,7 @@ class Optimum(Step):
             languages, convention = self.settings.languages, scores.candidates.score
             counter = ScoreCounter(stages[scores.name], languages, convention)
             optimum = OptimumCounter(counter, stages[reference.name], self.dco, self.settings.train.beta)
-            counts = count_over(optimum.count, chunks_of(optimum.reference))
+            counts = sum_over_chunks(optimum.count, chunk_names(optimum.reference))
             if report := score_report(counts):
                 record[scores.part] = {**report, **distance_report(counts)}
         output.finish(record)
@@ -61,40 +61,40 @@ class Optimum(Step):
         return {OPTIMAL: record} if record else {}
 
 
-def optimum_of(evaluation: Sequence[Step]) -> Optimum | None:
-    """The step of an evaluation that knows the optimal policy; None where there is none."""
+def find_optimum(evaluation: Sequence[Step]) -> Optimum | None:
+    """Returns the evaluation's `Optimum` step, or None."""
     return next((step for step in evaluation if isinstance(step, Optimum)), None)
 
 
 def optimum_steps(settings: RunSettings, dco: Dco) -> tuple[Step, ...]:
-    """The optimal policy, behind the reference's scores that it is made of.
+    """Returns the steps that score candidates under the reference, then the `Optimum` step that uses them.
 
-    It is known for candidates that are scored in all languages of the run: of sampled ones none are held out.
+    Covers held-out questions only if they are scored in all languages of the run, which sampled candidates never are.
     """
     scored: list[tuple[ScoringStep, ReferenceScores]] = [(Scores(settings), ReferenceScores(settings))]
-    if not settings.draws_candidates and set(settings.languages) <= set(settings.asked_languages):
-        scored.append((LikeliestAnswers(settings), ReferenceOnHeldOut(settings)))
+    if not settings.samples_candidates and set(settings.languages) <= set(settings.evaluation_languages):
+        scored.append((MostLikelyAnswers(settings), ReferenceOnHeldOut(settings)))
     return *(reference for _, reference in scored), Optimum(settings, dco, tuple(scored))
 
 
 @dataclass(frozen=True)
 class OptimumCounter:
-    """Counts what the optimal policy says that a reference leads to, and how far a policy is from it. Picklable.
+    """Counts the optimal policy's metrics under a reference, and a policy's distance from it. Picklable.
 
-    Both by summed log-probabilities: the optimal policy is known but for a constant of each question, which other
-    conventions would weigh differently for each candidate.
+    Both use summed log-probabilities: the optimal policy is known only up to a constant per question, which other
+    conventions would scale differently for each candidate.
     """
 
     policy: ScoreCounter
     reference: Stage
-    """The scores of the same candidates under the reference."""
+    """Scores of the same candidates under the reference."""
     settings: Dco
     beta: float
 
     def count(self, chunk: str) -> Counter[str]:
         by_sum = replace(self.policy, convention="sum")
         reference, policy = by_sum.read(self.reference, chunk), by_sum.read(self.policy.scored, chunk)
-        # A prompt that crashes every engine may have been found between the two.
+        # A prompt that crashes every engine may have been dropped between the two.
         reference, policy = reference.only(set(policy.questions)), policy.only(set(reference.questions))
         gamma = gammas(self.settings, self.policy.languages, self.beta)
         optimal = replace(reference, logps=optimal_logps(reference.logps, gamma, self.beta))

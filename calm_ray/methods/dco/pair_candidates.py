@@ -1,6 +1,6 @@
-"""PREFER: pairs of candidates, each with what its margin is fitted to; one task takes one chunk.
+"""PREFER: draws pairs of candidates with their target margins, one task per chunk.
 
-The join over languages is by file: a chunk holds the same questions in every language.
+Languages are joined by file: a chunk holds the same questions in every language.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from dataclasses import dataclass
 
 from calm_ray.core.rows import Pair, schema
 from calm_ray.core.settings import RunSettings
-from calm_ray.evaluation.scores import columns_for, read_scored, scores_of
+from calm_ray.evaluation.scores import columns_of_convention, read_scored, scores_of
 from calm_ray.methods.base import ChunkJob
 from calm_ray.methods.dco.gamma import gammas
 from calm_ray.methods.dco.pairs import draw_pairs, pair_tables, targets
 from calm_ray.methods.dco.settings import Dco
 from calm_ray.methods.round import Round
 from calm_ray.methods.shared.pairs import PairStep
-from calm_ray.methods.shared.scores import ReferenceScores, side_of
+from calm_ray.methods.shared.scores import ReferenceScores, candidate_tokens
 from calm_ray.methods.work import BYTES_PER_TOKEN, Sizes, Work
 from calm_ray.run.stage import Stage
 
 
 @dataclass(frozen=True)
 class PairCandidates(PairStep):
-    """`candidates.pairs` pairs of each question's candidates in every language."""
+    """Draws `candidates.pairs` pairs of candidates per question."""
 
     settings: RunSettings
     scores: ReferenceScores
     dco: Dco | None = None
-    """None for the gold baselines: the right candidate against another one, with no target."""
+    """None for the gold baselines: pairs of the right candidate and another one, without targets."""
 
     title = "pair candidates"
-    why_empty = "no pair could be drawn"
+    empty_reason = "no pair could be drawn"
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -50,17 +50,17 @@ class PairCandidates(PairStep):
     def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
         candidates = self.scores.candidates
         languages = 2 if self.dco is not None and self.dco.languages == "bilingual" else sizes.languages
-        pairs, side = sizes.questions * candidates.pairs * languages, side_of(candidates, sizes)
+        pairs, side = sizes.questions * candidates.pairs * languages, candidate_tokens(candidates, sizes)
         disk = pairs * (sizes.prompt + 2 * side) * BYTES_PER_TOKEN
         return Work(rows=pairs, unit="pairs", side=side, disk=disk)
 
 
 @dataclass(frozen=True)
 class PairJob(ChunkJob):
-    """All that a task needs to draw the pairs of a chunk and join their margins."""
+    """Everything a task needs to draw a chunk's pairs and join their margins."""
 
     scored: Stage
-    """Under the reference."""
+    """Scores under the reference."""
     pairs: Stage
     settings: RunSettings
     dco: Dco | None
@@ -70,7 +70,7 @@ class PairJob(ChunkJob):
         settings, dco = self.settings, self.dco
         assert settings.candidates is not None
         scored = read_scored(self.scored, chunk, settings.languages)
-        scores = scores_of({code: data.select(columns_for("sum")) for code, data in scored.items()})
+        scores = scores_of({code: data.select(columns_of_convention("sum")) for code, data in scored.items()})
         seed = settings.seed + self.round_number - 1
         drawn = draw_pairs(scores, settings.candidates.pairs, dco, seed=seed)
         found = schema(Pair).empty_table()

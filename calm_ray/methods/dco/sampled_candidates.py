@@ -1,4 +1,4 @@
-"""Candidates out of a policy's own samples, in any language: for DCO on questions without options (online DCO)."""
+"""Candidates from a policy's own samples in any language, for DCO on questions without choices (online DCO)."""
 
 from __future__ import annotations
 
@@ -17,46 +17,45 @@ ByLanguage = Mapping[str, Question]
 
 
 @dataclass(frozen=True)
-class Carried:
-    """One candidate in every language, and the completion that it was."""
+class Translated:
+    """One candidate in every language, and the completion it comes from."""
 
     texts: dict[str, str]
-    own: Completion
+    original: Completion
 
     def tokens(self, language: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """What was sampled in a language keeps its tokens; what was carried into it ends as its original did."""
-        own = self.own
-        if own["language"] == language:
-            return own["token_ids"]
-        ended = own["token_ids"][-1:] if own["finish_reason"] == "stop" else []
-        return [*tokenizer.encode(self.texts[language], add_special_tokens=False), *ended]
+        """Keeps sampled tokens; a translation gets the end-of-sequence token of its original, if there is one."""
+        original = self.original
+        if original["language"] == language:
+            return original["token_ids"]
+        ending = original["token_ids"][-1:] if original["finish_reason"] == "stop" else []
+        return [*tokenizer.encode(self.texts[language], add_special_tokens=False), *ending]
 
 
 def draw(completions: Sequence[Completion], most: int, seed: int, round_number: int) -> list[Completion]:
-    """Up to `most` completions of one question that differ: in their answer, where it can be read, else in their text.
+    """Draws up to `most` completions of one question with distinct answers (distinct texts if unparseable).
 
-    Drawn at random, so that a frequent answer is likely in; which of those that give it stands for it is drawn too.
+    The draw is random over completions, which favors frequent answers and also picks the completion for each answer.
     """
     if not completions:
         return []
     rng = rng_of(seed, "candidates", round_number, completions[0]["question_id"])
-    different: dict[tuple[bool, str], Completion] = {}
+    distinct: dict[tuple[bool, str], Completion] = {}
     for one in rng.sample(completions, len(completions)):
         if text := one["text"].strip():
             answer = one["answer"]
-            different.setdefault((answer is None, answer or text), one)
-    return list(different.values())[:most]
+            distinct.setdefault((answer is None, answer or text), one)
+    return list(distinct.values())[:most]
 
 
-def carry(
+def translate_candidates(
     drawn: Mapping[str, Sequence[Completion]], questions: Mapping[str, ByLanguage], translator: Translator
-) -> dict[str, list[Carried]]:
-    """Each question's candidates in all its languages.
+) -> dict[str, list[Translated]]:
+    """Translates each question's candidates into all its languages.
 
-    One that could not be carried into every language is left out, and so is one that is the same as an earlier one in
-    some language.
+    Drops a candidate if a translation failed, or if it duplicates an earlier candidate in any language.
     """
-    asked = [
+    missing = [
         (key, number, code)
         for key, own in drawn.items()
         for number, one in enumerate(own)
@@ -64,12 +63,12 @@ def carry(
         if code != one["language"]
     ]
     passages = []
-    for key, number, code in asked:
+    for key, number, code in missing:
         one = drawn[key][number]
         passages.append(Passage(one["text"], one["language"], code, one["answer"], letters(questions[key][code])))
-    texts: dict[tuple[str, int, str], str | None] = dict(zip(asked, translator.carry(passages), strict=True))
+    texts: dict[tuple[str, int, str], str | None] = dict(zip(missing, translator.translate(passages), strict=True))
     return {
-        key: _different(
+        key: _distinct(
             [
                 ({code: texts.get((key, number, code), one["text"]) for code in questions[key]}, one)
                 for number, one in enumerate(own)
@@ -79,39 +78,39 @@ def carry(
     }
 
 
-def _different(candidates: Sequence[tuple[dict[str, str | None], Completion]]) -> list[Carried]:
-    """Those of one question's candidates that are there, and new, in every language."""
-    kept: list[Carried] = []
-    for texts, own in candidates:
+def _distinct(candidates: Sequence[tuple[dict[str, str | None], Completion]]) -> list[Translated]:
+    """Keeps one question's candidates that exist in every language and duplicate no earlier one in any."""
+    kept: list[Translated] = []
+    for texts, original in candidates:
         complete = {code: text for code, text in texts.items() if text is not None}
-        taken = any(other.texts[code].strip() == text.strip() for other in kept for code, text in complete.items())
-        if len(complete) == len(texts) and not taken:
-            kept.append(Carried(complete, own))
+        duplicate = any(other.texts[code].strip() == text.strip() for other in kept for code, text in complete.items())
+        if len(complete) == len(texts) and not duplicate:
+            kept.append(Translated(complete, original))
     return kept
 
 
 def candidate_sets(
     questions: ByLanguage,
-    carried: Sequence[Carried],
+    translated: Sequence[Translated],
     tokenizer: PreTrainedTokenizerBase,
     *,
     instruction: bool,
     context_tokens: int | None,
 ) -> list[CandidateSet]:
-    """A question's candidates in each language; none where fewer than two are left.
+    """Returns a question's candidates in each language, or nothing if fewer than two remain.
 
-    A candidate that is no token in some language, or fills the engines' context there together with its prompt, is left
-    out of all.
+    Drops a candidate from all languages if, in any of them, it has no tokens or fills the engines' context together
+    with its prompt.
     """
     messages = {code: prompt_text(question, instruction) for code, question in questions.items()}
     prompts = {code: encode_prompt(tokenizer, message) for code, message in messages.items()}
-    tokens = [{code: one.tokens(code, tokenizer) for code in questions} for one in carried]
+    tokens = [{code: one.tokens(code, tokenizer) for code in questions} for one in translated]
 
     def fits(sides: Mapping[str, list[int]]) -> bool:
         lengths = [len(prompts[code]) + len(side) for code, side in sides.items()]
         return all(sides.values()) and (context_tokens is None or max(lengths) < context_tokens)
 
-    kept = [(one, sides) for one, sides in zip(carried, tokens, strict=True) if fits(sides)]
+    kept = [(one, sides) for one, sides in zip(translated, tokens, strict=True) if fits(sides)]
     if len(kept) < 2:
         return []
     return [
@@ -129,8 +128,8 @@ def candidate_sets(
     ]
 
 
-def _right(question: Question, carried: Sequence[Carried]) -> int | None:
-    """Index of the candidate that gives the right answer; None where none does, or it is not known."""
-    answers = [one.own["answer"] for one in carried]
+def _right(question: Question, translated: Sequence[Translated]) -> int | None:
+    """Index of the first candidate with the right answer; None if there is none or the gold answer is unknown."""
+    answers = [one.original["answer"] for one in translated]
     gold = question["gold"]
     return answers.index(gold) if gold is not None and gold in answers else None

@@ -1,4 +1,4 @@
-"""The section `dco` of a recipe."""
+"""The `dco` section of a recipe."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ from calm_ray.core.sections import Positive, Section
 
 
 class Anchor(Section):
-    """A language that moves less than the others, and by how much (DCO, section 6.4)."""
+    """A language that changes less than the others (DCO, section 6.4)."""
 
     language: str
+    """One of the run's `languages`."""
     strength: Positive
-    """s: the others follow the anchor's margins s times, it follows theirs 1/s times. Above 1 the anchor is stable."""
+    """s: gamma is `train.beta` * s for languages following the anchor, `train.beta` / s for the anchor following them.
+    Above 1 the anchor is stable; below 1 it adapts to the others."""
 
 
 class Dco(Section):
-    """Direct consistency optimisation: how far each language follows the others (DCO, section 4)."""
+    """Direct consistency optimization: how strongly each language follows the others (DCO, section 4)."""
 
     gamma: Positive | dict[str, Positive] | None = None
-    """gamma_ij of Eq. 11 and 15, how far language i follows j: one number for all, or a table like {en-fr: 0.1,
-    fr-en: 10}, where "en-fr" is how far en follows fr. Entries left out are `train.beta`; where all are, the optimal
-    policy is consistent."""
+    """gamma_ij of Eq. 11 and 15, how strongly language i follows j: one number for all pairs, or a table such as
+    {en-fr: 0.1, fr-en: 10}, where "en-fr" is how strongly en follows fr. Missing entries default to `train.beta`; null
+    uses it for all pairs, which makes the optimal policy consistent."""
     anchor: Anchor | None = None
-    """Instead of `gamma`."""
+    """Derives gamma from one anchor language. Set either this or `gamma`."""
     languages: Literal["joint", "bilingual"] = "joint"
-    """Every pair of candidates is compared in all languages (Eq. 15), or in two of them, drawn by the seed, as the
-    released code has it."""
+    """Compare each pair of candidates in all languages (`joint`, Eq. 15) or in two drawn by the seed (`bilingual`, the
+    released code)."""
     exclude_gold: bool = False
-    """Draw pairs of wrong candidates alone: gold answers then choose what is trained on."""
+    """Draw pairs of wrong candidates only. Requires gold answers, which then affect what is trained on."""
     loss: Literal["absolute", "huber", "squared"] = "absolute"
-    """Of the difference between a margin and its target; the paper's is absolute."""
+    """Loss on the difference between beta * margin and its target; the paper uses `absolute`. `huber` is quadratic
+    within 1 nat."""
 
     @model_validator(mode="after")
-    def _one_way_to_say_it(self) -> Dco:
+    def _gamma_or_anchor(self) -> Dco:
         if self.gamma is not None and self.anchor is not None:
-            raise ValueError("anchor: sets every gamma itself; leave out gamma, or anchor")
+            raise ValueError("anchor: cannot be combined with gamma; set only one of them")
         return self

@@ -1,7 +1,7 @@
-"""The gold baselines, the only methods that train with gold answers: DPO and SFT on right pairs.
+"""The gold baselines, the only methods that train with gold answers: DPO and SFT on correct pairs.
 
-The pairs of a vote whose winner is right (CALM, Table 2); or, with `candidates`, the right candidate against another
-one (DCO, section 6.1).
+Pairs come from votes whose winner is correct (CALM, Table 2) or, with `candidates`, set the correct candidate against
+another one (DCO, section 6.1).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class DpoGold(Calm):
 
 
 class SftGold(DpoGold, Sft):
-    """Supervised training on the right side."""
+    """Supervised fine-tuning on the correct side."""
 
 
 DPO_GOLD = DpoGold()

@@ -1,1 +1,1 @@
-"""Steps that methods share: sampling, candidates' scores, training, evaluation."""
+"""Steps shared by several methods: sampling, scoring, training, evaluation."""

@@ -1,4 +1,4 @@
-"""Pairs to train on, and how reports show them."""
+"""Training pairs and how they are displayed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAIRS_COLUMN = Column("pairs", lambda entry: str(entry.get("pairs", 0)))
 
 
 class PairStep(DataStep):
-    """Makes the pairs that are trained on. Its job counts them as `pairs`."""
+    """Makes the training pairs. Its job counts them as `pairs`."""
 
     name = "pairs"
     columns: ClassVar[tuple[Column, ...]] = (PAIRS_COLUMN,)
@@ -38,9 +38,9 @@ class PairStep(DataStep):
 
 
 def pair_of(chosen: Completion, rejected: Completion, prompt: str, number: int) -> Pair:
-    """Two completions of one question as a pair, in the rejected one's language; `number` counts those of a question.
+    """Pairs two completions of one question, in the rejected one's language; `number` is the pair's index there.
 
-    Both keep the tokens that were sampled. A chosen side of another language has to be replaced by its translation.
+    Both keep their sampled tokens. If `chosen` is in another language, pass its translation.
     """
     return Pair(
         round=rejected["round"],
@@ -62,12 +62,12 @@ def pair_of(chosen: Completion, rejected: Completion, prompt: str, number: int) 
 
 
 def show_pair(pair: Pair) -> None:
-    """Prints both sides of a pair, with what differs in colour."""
-    carried = "" if pair["language"] == pair["chosen_language"] else f", carried over from {pair['chosen_language']}"
-    sides = f"chosen {pair['chosen_answer']}{carried}, rejected {pair['rejected_answer']}"
+    """Prints both sides of a pair, with differences in color."""
+    translated = "" if pair["language"] == pair["chosen_language"] else f", translated from {pair['chosen_language']}"
+    sides = f"chosen {pair['chosen_answer']}{translated}, rejected {pair['rejected_answer']}"
     if (target := pair.get("target_margin")) is not None:
-        sides = f"{pair['chosen_answer']} beside {pair['rejected_answer']}, target margin {target:+.2f} nats"
-    console.print(f"a pair in {pair['language']}: {sides}")
+        sides = f"{pair['chosen_answer']} vs. {pair['rejected_answer']}, target margin {target:+.2f} nats"
+    console.print(f"sample pair in {pair['language']}: {sides}")
     chosen, rejected = pair["chosen"], pair["rejected"]
     left, right = Text(), Text()
     for kind, a, b, c, d in SequenceMatcher(None, chosen, rejected, autojunk=False).get_opcodes():

@@ -1,4 +1,4 @@
-"""SAMPLE: every question in every language, some completions each, from the policy that the round starts from."""
+"""SAMPLE: completions for every question in every language, from the policy the round starts from."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Sample(EngineStep):
 
     settings: RunSettings
     extraction: str = "strict"
-    """How answers are read."""
+    """How answers are parsed."""
     extraction_key: str | None = None
-    """The configuration key that says so, if there is one."""
+    """Configuration key that sets `extraction`, if any."""
 
     name = "sample"
     reads = ("questions",)
@@ -34,9 +34,9 @@ class Sample(EngineStep):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        read = (self.extraction_key,) if self.extraction_key else ()
+        extraction = (self.extraction_key,) if self.extraction_key else ()
         sampling = ("completions", "temperature", "top_p", "max_new_tokens", "instruction")
-        return (*self.keys_of_engines, *(f"sampling.{name}" for name in sampling), *read)
+        return (*self.engine_keys, *(f"sampling.{name}" for name in sampling), *extraction)
 
     @property
     def languages(self) -> list[str]:
@@ -56,7 +56,7 @@ class Sample(EngineStep):
         return Work(
             rows=rows,
             unit="completions",
-            read=prompts * sizes.prompt,  # once for all samples
+            read=prompts * sizes.prompt,  # the prefill is shared by all samples
             written=rows * sizes.reply,
             disk=rows * (sizes.prompt + sizes.reply) * BYTES_PER_TOKEN,
         )
@@ -76,5 +76,5 @@ class Sample(EngineStep):
 
 
 def completions_of(sampled: Stage, chunk: str, languages: Sequence[str]) -> list[Completion]:
-    """The completions of a chunk of questions, language by language."""
+    """The completions of a chunk of questions, grouped by language."""
     return [row for language in languages for row in rows_of(sampled.read_chunk(f"{chunk}-{language}"))]

@@ -1,4 +1,4 @@
-"""How likely a policy finds the candidates of questions: for evaluation, and for what DCO makes of it."""
+"""Log-probabilities that a policy assigns to candidates, for evaluation and DCO."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from calm_ray.engines.requests import Score
 
 Part = Literal["training", "held_out"]
-"""Which questions: those to align on, or those held out."""
+"""Which questions to score: those to align on, or those held out."""
 
 
 class ScoringStep(EngineStep):
-    """Scores of the candidates of some questions, and their report."""
+    """Scores the candidates of questions and reports on them."""
 
     settings: RunSettings
     part: ClassVar[Part] = "training"
@@ -39,19 +39,19 @@ class ScoringStep(EngineStep):
     def reads(self) -> tuple[str, ...]:
         if self.part == "held_out":
             return ("held_out",)
-        return ("candidates",) if self.settings.draws_candidates else ("questions",)
+        return ("candidates",) if self.settings.samples_candidates else ("questions",)
 
     @property
     def first_round(self) -> int:
-        return int(self.part == "training" and self.settings.draws_candidates)
+        return int(self.part == "training" and self.settings.samples_candidates)
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return (*self.keys_of_engines, *(f"candidates.{name}" for name in ("form", "score", "chat")))
+        return (*self.engine_keys, *(f"candidates.{name}" for name in ("form", "score", "chat")))
 
     @property
     def languages(self) -> list[str]:
-        return self.settings.asked_languages if self.part == "held_out" else self.settings.languages
+        return self.settings.evaluation_languages if self.part == "held_out" else self.settings.languages
 
     def request(self, round_number: int) -> Score:
         from calm_ray.engines.requests import Score
@@ -61,24 +61,24 @@ class ScoringStep(EngineStep):
         return Score(form, with_prompt=self.candidates.score == "mean_full")
 
     def report(self, output: Stage, questions: Stage) -> Entry:
-        from calm_ray.cluster.over_chunks import count_over
+        from calm_ray.cluster.over_chunks import sum_over_chunks
         from calm_ray.evaluation.from_scores import ScoreCounter
         from calm_ray.evaluation.score_report import score_report
-        from calm_ray.evaluation.scores import chunks_of
+        from calm_ray.evaluation.scores import chunk_names
 
         counter = ScoreCounter(output, self.languages, self.candidates.score)
-        return {"report": score_report(count_over(counter.count, chunks_of(output)))}
+        return {"report": score_report(sum_over_chunks(counter.count, chunk_names(output)))}
 
     def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
         rows = sizes.questions * sizes.languages
         if self.part == "held_out":
             rows = sizes.held_out * sizes.evaluation_languages
-        return Work(rows=rows, unit="questions", read=rows * read_to_score(self.candidates, sizes))
+        return Work(rows=rows, unit="questions", read=rows * scoring_tokens(self.candidates, sizes))
 
 
 @dataclass(frozen=True)
 class Scores(ScoringStep):
-    """The new policy's scores of the questions trained on: the next round may start from them."""
+    """The new policy's scores on the training questions, which the next round can reuse."""
 
     settings: RunSettings
 
@@ -92,7 +92,7 @@ class Scores(ScoringStep):
         return {"training": record["report"]}
 
     def show(self, view: QuestionView) -> None:
-        """How likely the round's policy finds each candidate, in nats, and its share; the likeliest is bold."""
+        """Prints each candidate's log-probability (nats) and normalized probability, the most likely in bold."""
         from rich.markup import escape
         from rich.table import Table
 
@@ -100,7 +100,7 @@ class Scores(ScoringStep):
             console.print(f"round {view.number} has not been scored yet")
             return
         table = Table(title=f"candidates, policy of round {view.number}", title_justify="left")
-        for name in ("language", "candidate", "log p", "share"):
+        for name in ("language", "candidate", "log p", "normalized"):
             table.add_column(name)
         for language in view.languages:
             rows: list[Scored] = view.rows_in(self.name, language)
@@ -115,13 +115,13 @@ class Scores(ScoringStep):
 
 @dataclass(frozen=True)
 class ReferenceScores(ScoringStep):
-    """The reference's scores: those that an earlier round has of it already, where the candidates are the same."""
+    """The reference policy's scores, reused from an earlier round if the candidates are the same."""
 
     settings: RunSettings
 
     name = "reference_score"
     made_by: ClassVar[str] = Scores.name
-    """The step by which a policy's own round scores the same questions."""
+    """The step that scores the same questions with a round's own policy."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -135,8 +135,8 @@ class ReferenceScores(ScoringStep):
         return self.found(round.run, round.number, round.reference.name)
 
     def found(self, run: RunDirectory, number: int, reference: str) -> Stage:
-        """Where the scores of the policy of that name are, or will be."""
-        if not self.settings.draws_candidates:
+        """The stage that holds, or will hold, the scores of the policy `reference`."""
+        if not self.settings.samples_candidates:
             for earlier in range(max(1, number)):
                 for name in (self.made_by, self.name):
                     stage = run.stage(earlier, name)
@@ -145,18 +145,18 @@ class ReferenceScores(ScoringStep):
         return run.stage(number, self.name)
 
     def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
-        """Scores that an earlier round made cost nothing; candidates from samples are new in every round."""
-        return super().work(sizes, before) if self.settings.draws_candidates else Work()
+        """Free if reused from an earlier round; candidates drawn from samples are new in every round."""
+        return super().work(sizes, before) if self.settings.samples_candidates else Work()
 
 
-def read_to_score(candidates: Candidates, sizes: Sizes) -> int:
-    """Tokens read to score a question's candidates: letters in one request, others in one for each."""
+def scoring_tokens(candidates: Candidates, sizes: Sizes) -> int:
+    """Tokens prefilled to score a question's candidates: letters take one request, others one per candidate."""
     if candidates.form == "letters":
         return sizes.prompt
-    count = candidates.most if candidates.form == "samples" else sizes.choices
-    return count * (sizes.prompt + side_of(candidates, sizes))
+    count = candidates.max_candidates if candidates.form == "samples" else sizes.choices
+    return count * (sizes.prompt + candidate_tokens(candidates, sizes))
 
 
-def side_of(candidates: Candidates, sizes: Sizes) -> int:
-    """Tokens of a candidate."""
+def candidate_tokens(candidates: Candidates, sizes: Sizes) -> int:
+    """Tokens per candidate."""
     return {"letters": 1, "samples": sizes.reply}.get(candidates.form, CHOICE_TOKENS)

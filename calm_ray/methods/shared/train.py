@@ -1,4 +1,4 @@
-"""TRAIN: the examples of a round become its policy."""
+"""TRAIN: trains a round's policy on its examples."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from calm_ray.training.job import TrainJob
     from calm_ray.training.objectives import Objective
 
-LEFT = ("reference.parquet", "metrics.json", "policy.json")
-"""What training leaves beside the policy's own files."""
+OUTPUT_FILES = ("reference.parquet", "metrics.json", "policy.json")
+"""Files that training writes next to the policy's own."""
 COLLAPSE_NATS = 1.0
-"""A fall of the chosen sides' log-probability per token, from the reference, that is worth a warning."""
+"""Warn if the chosen sides' log-probability per token drops this far below the reference."""
 
 
 @dataclass(frozen=True)
 class Train(Step):
-    """The policy of a round; without examples there is nothing to learn, and it stays the one the round starts from."""
+    """Trains the round's policy. Without examples it stays the one the round starts from."""
 
     settings: RunSettings
     objective: Objective
     examples: Step
-    """The step whose rows are trained on."""
+    """The step that produces the training examples."""
 
     name = "train"
 
@@ -54,11 +54,11 @@ class Train(Step):
         if inputs[0].counts()["rows"]:
             policy = trained(output) or self._train(round, self._job(round, output, inputs[0]))
         else:
-            say(f"round {round.number}: nothing to train on, since {self.examples.why_empty}")
-        for name in round.run.forget_after(round.graph, round.number, policy.name):
+            say(f"round {round.number}: nothing to train on: {self.examples.empty_reason}")
+        for name in round.run.discard_stale(round.graph, round.number, policy.name):
             say(f"{name}: was produced by a policy that has been lost; recomputing")
         output.storage.delete("checkpoints")
-        files = [name for name in LEFT if output.storage.exists(name)]
+        files = [name for name in OUTPUT_FILES if output.storage.exists(name)]
         files += [f"policy/{name}" for name in output.storage.files("policy")]
         output.finish({"policy": policy.as_json(), "seconds": time.monotonic() - started}, files)
 
@@ -90,7 +90,7 @@ class Train(Step):
                 return train_round(job, device, report, 1.0 - engines.spec.gpu_fraction)
 
     def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
-        """Every branch of an example is read behind a prompt of its own."""
+        """Counts the prompt once per branch of an example."""
         examples = before[self.examples.name]
         tokens = examples.rows * self.objective.sides * (sizes.prompt + examples.side)
         reference = tokens if self.objective.needs_reference else 0
@@ -98,7 +98,7 @@ class Train(Step):
 
 
 class Progress:
-    """Training on its bar, and a warning where the objective lowers what it should raise."""
+    """Updates the progress bar and warns if training makes the chosen sides less likely."""
 
     def __init__(self, bar: Any) -> None:
         self._bar, self._has_warned = bar, False
@@ -107,22 +107,22 @@ class Progress:
         if "steps" in row:
             self._bar.set_total(row["steps"])
             if row["too_long_pairs"]:
-                say(f"  {row['too_long_pairs']} pairs are longer than train.max_pair_tokens and were left out")
+                say(f"  {row['too_long_pairs']} pairs longer than train.max_pair_tokens were dropped")
         elif "train/loss" in row:
-            change = row.get("train/chosen_change_per_token")  # of objectives with a better side
+            change = row.get("train/chosen_change_per_token")  # only objectives with a chosen side
             chosen = f", chosen {change:+.2f} nats/token" if change is not None else ""
             self._bar.advance(note=f"loss {row['train/loss']:.3f}{chosen}")
             if change is not None and change < -COLLAPSE_NATS and not self._has_warned:
                 self._has_warned = True
                 say(
-                    f"  warning: at step {row['step']} the chosen answers have become {-change:.1f} nats per "
-                    "token less likely than under the reference: training lowers both sides. "
+                    f"  warning: at step {row['step']}, chosen answers are {-change:.1f} nats per token less likely "
+                    "than under the reference: training lowers both sides. "
                     "Lower train.learning_rate or raise train.sft_weight."
                 )
 
 
 def trained(output: Stage) -> Policy | None:
-    """The policy of a training that had ended when the driver died."""
+    """The policy of a training run that finished before the driver died; None if it did not."""
     try:
         policy = Policy(**output.storage.read_json("policy.json"))
     except (FileNotFoundError, ValueError, TypeError):
