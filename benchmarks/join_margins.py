@@ -34,7 +34,6 @@ from calm_ray.core.rows import Pair, Scored, rows_of, schema, table
 from calm_ray.evaluation.scores import read_scored
 from calm_ray.methods.dco.pair_candidates import PairJob
 from calm_ray.methods.dco.settings import Dco
-from calm_ray.recipes.files import RECIPES
 from calm_ray.recipes.load import load_config
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
@@ -67,7 +66,7 @@ def write_work(folder: Path, pairs: int, questions_per_chunk: int) -> Work:
     for chunk in chunks:
         for language in LANGUAGES:
             scored.write(f"{chunk}-{language}", scores_in(language, chunk, questions_per_chunk, words, rng))
-    settings = load_config(RECIPES / "dco_demo.yaml", [f"languages=[{', '.join(LANGUAGES)}]", "candidates.pairs=1"])
+    settings = load_config("dco/demo", [f"languages=[{', '.join(LANGUAGES)}]", "candidates.pairs=1"])
     job = PairJob(scored, output, settings, Dco(), round_number=1)
     return Work(job, chunks, questions_per_chunk)
 

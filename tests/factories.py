@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Completion, Pair, Question, Scored, table
 from calm_ray.questions.reader import load_questions
+from calm_ray.questions.records import read_records
 from calm_ray.recipes.files import RECIPES
 from calm_ray.recipes.tables import tables_of
 from calm_ray.run.stage import Stage
@@ -36,6 +39,26 @@ def table_rows(paper: str) -> list[str]:
     """All rows of a paper's tables, as named on the command line."""
     tables = tables_of(RECIPES / paper / "tables.yaml").values()
     return [f"{paper}/tables:{row}" for table in tables for row in table.rows()]
+
+
+def read_error(file: Path) -> str:
+    """The one-line message, with the file in it, that reading a bad file of records raises."""
+    with pytest.raises(InputError) as error:
+        list(read_records(str(file)))
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def send_line(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def read_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
 
 
 def read_questions(source: str, languages: Sequence[str], **options: Any) -> list[Question]:

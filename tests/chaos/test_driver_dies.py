@@ -58,7 +58,9 @@ def sampled(run: RunDirectory) -> dict[tuple[str, str, int], str]:
 
 def without_seconds(summary: Any) -> Any:
     if isinstance(summary, dict):
-        return {key: without_seconds(value) for key, value in summary.items() if not key.endswith("seconds")}
+        return {
+            key: without_seconds(value) for key, value in summary.items() if key not in ("seconds", "refresh_seconds")
+        }
     return [without_seconds(value) for value in summary] if isinstance(summary, list) else summary
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
+from factories import read_line, send_line
 from ray.cluster_utils import Cluster
 
 DRIVER = """
@@ -50,17 +51,6 @@ def driver(address: str) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     for process in processes:
         process.kill()
         process.communicate()
-
-
-def send_line(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def read_line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline()
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from factories import read_error
 
-from calm_ray.core.errors import InputError
 from calm_ray.questions import records
 from calm_ray.questions.records import read_records
 
@@ -36,14 +36,6 @@ WRITERS = {".jsonl": to_jsonl, ".json": to_json, ".csv": to_csv, ".tsv": to_tsv}
 
 def read_values(file: Path) -> list[tuple[int, Any]]:
     return [(record.row, record.value) for record in read_records(str(file))]
-
-
-def read_error(file: Path) -> str:
-    with pytest.raises(InputError) as error:
-        list(read_records(str(file)))
-    assert str(file) in str(error.value)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("suffix", WRITERS)

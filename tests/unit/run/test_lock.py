@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from factories import read_line, send_line
 
 from calm_ray.core.errors import CalmRayError, StorageError
 from calm_ray.run import lock
@@ -86,17 +87,6 @@ def start_holder(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]
         process.communicate()
 
 
-def release(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def read_line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline()
-
-
 def lock_file(tmp_path: Path) -> Path:
     return tmp_path / ".run.lock"
 
@@ -136,7 +126,7 @@ def test_second_driver_is_told_who_holds_the_lock(
     assert read_line(first) == "held\n"
     with pytest.raises(InUseError, match=rf"run: in use by process {first.pid} of .* since .*another name"):
         try_lock(tmp_path)
-    release(first)
+    send_line(first)
     first.wait()
     assert try_lock(tmp_path) == []
 

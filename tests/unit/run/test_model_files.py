@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from factories import tiny_model
+from factories import read_error, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -177,14 +177,6 @@ def test_invalid_model_names_are_refused(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="model: "):
         RunModel(name).local_folder()
-
-
-def read_error(file: Path) -> str:
-    with pytest.raises(InputError) as error:
-        list(read_records(str(file)))
-    assert str(file) in str(error.value)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(
