@@ -19,7 +19,8 @@ def repair(run: RunDirectory, graph: Graph) -> None:
         return
     with progress_bar("verify files", files) as progress:
         flawed = {path: stage.flawed(progress.advance) for path, stage in stages.items()}
-    for path, files_of in flawed.items():
+    # Training last: with its lost policy discarded, it would look unfinished, and damaged examples restart that.
+    for path, files_of in sorted(flawed.items(), key=lambda item: item[0].endswith(f"/{graph.trains}")):
         if not files_of:
             continue
         say(f"{path}: {len(files_of)} missing or corrupt file(s) ({files_of[0]})")

@@ -218,6 +218,18 @@ def test_lost_policy_is_retrained_unless_a_later_round_uses_it(
     assert f"policy {first.name} is lost; keeping round 2, which started from it" in capsys.readouterr().out
 
 
+def test_lost_policy_is_retrained_with_the_same_reference_though_its_pairs_are_damaged(tmp_path: Path) -> None:
+    run = make_run(tmp_path, (1, "votes"), (1, "pairs"))
+    train = run.stage(1, "train")
+    train.write("reference", numbers(1))
+    finish_training(run, 1)
+    damage(tmp_path / "run/rounds/1/votes", "truncated")
+    train.storage.delete("policy/adapter_model.safetensors")
+    repair(run, GRAPH)
+    assert train.chunks() == {"reference"}
+    assert not train.is_finished
+
+
 def test_missing_metrics_do_not_invalidate_a_policy(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     finish_training(run, 1)
