@@ -6,6 +6,8 @@ INSTALLED_SET := $(patsubst $(VENV)/set-%,%,$(wildcard $(VENV)/set-*))
 SET := $(or $(if $(filter 1,$(CUDA)),cuda),$(if $(filter 0,$(CUDA)),cpu),$(INSTALLED_SET),cpu)
 REQUIREMENTS := requirements/$(SET).txt
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps
+# Two test files at a time: much of a run's time goes to imports, on one core. The long ones come first.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Fallback for the CPU build of torch, which the default index does not have.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
@@ -26,13 +28,13 @@ demo: install
 	@$(VENV)/bin/python jobs/calm.py $(ARGS)
 
 test: install
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-all: install
-	@$(VENV)/bin/python -m pytest -m '' $(ARGS)
+	@$(PYTEST) -m '' $(ARGS)
 
 chaos: install
-	@MOMENTS=$(or $(MOMENTS),1) $(VENV)/bin/python -m pytest tests/chaos tests/unit/run/test_lock.py \
+	@MOMENTS=$(or $(MOMENTS),1) $(PYTEST) tests/chaos tests/unit/run/test_lock.py \
 		tests/cluster/test_lock_in_cluster.py tests/unit/recipes/test_fuzz.py -m '' $(ARGS)
 
 lint: install

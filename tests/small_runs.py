@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from calm_ray.core.sections import Lora
 from calm_ray.demo.generator import build_world, world_questions
@@ -38,8 +39,14 @@ def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo model pretrained for seconds: its answers are well-formed but mostly wrong."""
     from calm_ray.demo.pretraining import pretrain
 
-    folder = tmp_path_factory.mktemp("babbler")
-    pretrain(build_world(100), folder, [(150, {"question": 24})])
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # shared by the processes of pytest-xdist, so that one of them trains it for all
+    folder /= "babbler"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            pretrain(build_world(100), folder.with_suffix(".new"), [(150, {"question": 24})])
+            folder.with_suffix(".new").rename(folder)
     return folder
 
 

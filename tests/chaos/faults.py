@@ -6,14 +6,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 from ray.cluster_utils import Cluster
+from small_runs import LANGUAGES
 
 from calm_ray.core.rows import rows_of
+from calm_ray.engines.dispatcher import Dispatcher
+from calm_ray.engines.generator import Decoding
+from calm_ray.engines.pool import EnginePool
+from calm_ray.engines.requests import Sample
+from calm_ray.engines.tasks import ChunkTask
 from calm_ray.run.directory import RunDirectory
 from calm_ray.run.stage import Stage
 
@@ -59,3 +65,18 @@ def logged_steps(metrics: Iterable[Mapping[str, Any]]) -> list[int]:
 def start_head() -> Cluster:
     """A cluster of one node, with room for the driver but not for engines or workers."""
     return Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+
+
+def sample_all(pool: EnginePool, run: RunDirectory, output: Stage) -> Iterator[ChunkTask]:
+    """Samples three completions of every question to align on; yields the finished chunks."""
+    questions = run.questions("align")
+    tasks = [
+        ChunkTask(questions, output, chunk, code, pool.policy)
+        for chunk in sorted(questions.chunks())
+        for code in LANGUAGES
+    ]
+    decoding = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=40)
+    work = Dispatcher(tasks, max_bad=0)
+    for task, _ in pool.run(Sample(decoding, seed=0, round_number=1, instruction=False), work):
+        yield task
+    assert work.bad == []

@@ -12,25 +12,21 @@ from pathlib import Path
 import psutil
 import pytest
 from factories import read_questions
-from faults import kill, policy_of_each_completion
+from faults import kill, policy_of_each_completion, sample_all
 from small_runs import LANGUAGES, MOMENTS, make_adapter
 
 from calm_ray.core.sections import Engines, Lora
-from calm_ray.engines.dispatcher import Dispatcher
-from calm_ray.engines.generator import Decoding
 from calm_ray.engines.health import Health
 from calm_ray.engines.pool import EnginePool
-from calm_ray.engines.requests import Sample
 from calm_ray.engines.spec import EngineSpec
-from calm_ray.engines.tasks import ChunkTask
 from calm_ray.questions.reader import write_chunks
 from calm_ray.run.directory import RunDirectory
 from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 
+pytestmark = pytest.mark.chaos
 ENGINES = 3
 LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"])
-SLOW = pytest.mark.chaos
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +42,7 @@ def policy(babbler: Path, run: RunDirectory, tmp_path_factory: pytest.TempPathFa
     return make_adapter(babbler, tmp_path_factory.mktemp("adapter") / "1", run, 1, LORA)
 
 
-@pytest.fixture(scope="module", params=["actor", pytest.param("child", marks=SLOW)])
+@pytest.fixture(scope="module")
 def pool(request: pytest.FixtureRequest, ray_8_cpus: None, babbler: Path, policy: Policy) -> Iterator[EnginePool]:
     settings = Engines(
         shared=ENGINES, cpus=0.5, min_engines=ENGINES, process=request.param, max_restarts=20,
@@ -62,24 +58,9 @@ def pool(request: pytest.FixtureRequest, ray_8_cpus: None, babbler: Path, policy
 def undisturbed(pool: EnginePool, run: RunDirectory) -> set[tuple[str, str, int]]:
     """The completions that are sampled without faults."""
     output = Stage(run.storage.under("undisturbed"))
-    for _ in sample(pool, run, output):
+    for _ in sample_all(pool, run, output):
         pass
     return set(policy_of_each_completion(output))
-
-
-def sample(pool: EnginePool, run: RunDirectory, output: Stage) -> Iterator[ChunkTask]:
-    """Samples every chunk; yields the finished ones."""
-    questions = run.questions("align")
-    tasks = [
-        ChunkTask(questions, output, chunk, code, pool.policy)
-        for chunk in sorted(questions.chunks())
-        for code in LANGUAGES
-    ]
-    decoding = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=40)
-    work = Dispatcher(tasks, max_bad=0)
-    for task, _ in pool.run(Sample(decoding, seed=0, round_number=1, instruction=False), work):
-        yield task
-    assert work.bad == []
 
 
 def engine_processes(pool: EnginePool) -> list[psutil.Process]:
@@ -93,13 +74,15 @@ def engine_processes(pool: EnginePool) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("moment", range(MOMENTS))
 @pytest.mark.parametrize(
-    ("when", "victims"),
+    ("pool", "when", "victims"),
     [
-        ("sampling", 1),
-        pytest.param("idle", 1, marks=SLOW),
-        pytest.param("sampling", ENGINES - 1, marks=SLOW),
-        pytest.param("idle", ENGINES - 1, marks=SLOW),
+        ("actor", "sampling", 1),
+        ("actor", "idle", 1),
+        ("actor", "sampling", ENGINES - 1),
+        ("actor", "idle", ENGINES - 1),
+        ("child", "sampling", ENGINES - 1),
     ],
+    indirect=["pool"],
 )
 def test_killed_engines_lose_no_completions(
     pool: EnginePool, run: RunDirectory, undisturbed: set[tuple[str, str, int]], policy: Policy, when: str,
@@ -114,7 +97,7 @@ def test_killed_engines_lose_no_completions(
     kill_after = rng.randrange(1, 5)  # finished chunks
     if when == "idle":
         kill(chosen)
-    for number, _ in enumerate(sample(pool, run, output), start=1):
+    for number, _ in enumerate(sample_all(pool, run, output), start=1):
         if when == "sampling" and number == kill_after:
             kill(chosen)
     completions = policy_of_each_completion(output)

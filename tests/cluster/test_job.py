@@ -56,11 +56,39 @@ def recipe(make_recipe: Callable[..., Path], storage: Path) -> Path:
     return make_recipe(name="whole", storage=str(storage))
 
 
+def files_in(run: RunDirectory, stage: str) -> dict[Path, tuple[int, bytes]]:
+    """Modification time and content of the stage's files."""
+    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in Path(run.storage.path(stage)).iterdir()}
+
+
 @pytest.fixture(scope="module")
-def finished(recipe: Path, storage: Path) -> tuple[RunDirectory, str]:
-    """A run of one round with one shared engine that loads merged weights, and its output."""
+def killed(recipe: Path, storage: Path) -> dict[Path, tuple[int, bytes]]:
+    """Kills a run with SIGKILL while it samples; returns the chunks that it has written."""
+    run = RunDirectory(str(storage), "whole")
+    job = start_job(recipe)
+    while job.poll() is None and not run.stage(1, "sample").chunks():
+        time.sleep(0.02)
+    job.kill()
+    output, _ = job.communicate()
+    assert job.returncode == -signal.SIGKILL, output
+    chunks = set(run.stage(1, "sample").chunks())
+    return {file: state for file, state in files_in(run, "rounds/1/sample").items() if file.stem in chunks}
+
+
+@pytest.fixture(scope="module")
+def finished(killed: dict[Path, tuple[int, bytes]], recipe: Path, storage: Path) -> tuple[RunDirectory, str]:
+    """The same run, resumed: one round with one shared engine that loads merged weights; and its output."""
     output = run_job(recipe)
     return RunDirectory(str(storage), "whole"), output
+
+
+def test_killed_run_resumes_without_sampling_again(
+    killed: dict[Path, tuple[int, bytes]], finished: tuple[RunDirectory, str]
+) -> None:
+    after = files_in(finished[0], "rounds/1/sample")
+    assert killed
+    assert {file: after[file] for file in killed} == killed
+    assert len(rows_of(finished[0].stage(1, "sample").read())) == 24 * 2 * 3
 
 
 def test_run_writes_a_complete_summary(finished: tuple[RunDirectory, str]) -> None:
@@ -78,7 +106,7 @@ def test_run_writes_a_complete_summary(finished: tuple[RunDirectory, str]) -> No
     assert summary["rounds"][1]["pairs"] > 0
     assert set(summary["rounds"][1]["seconds"]) == {"sample", "pairs", "train", "evaluate"}
     assert run.storage.read_json("config.json")["versions"]["ray"]
-    assert run.storage.read_json("finished.json") == {"engine_starts": 1, "engines": 1}
+    assert run.storage.read_json("finished.json") == {"engine_starts": 2, "engines": 1}
 
 
 def test_rows_name_the_policy_that_wrote_them(finished: tuple[RunDirectory, str]) -> None:
@@ -182,10 +210,10 @@ def test_interrupted_run_resumes_where_it_stopped(make_recipe: Callable[..., Pat
     assert job.returncode == 130, output
     assert "rerun the same command to resume" in output
     assert not run.storage.exists("finished.json")
-    files = [*Path(run.storage.path("rounds/1/sample")).iterdir(), *Path(run.storage.path("rounds/1/pairs")).iterdir()]
-    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+    stages = ("rounds/1/sample", "rounds/1/pairs")
+    before = [files_in(run, stage) for stage in stages]
     run_job(recipe)
-    assert before == {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+    assert [files_in(run, stage) for stage in stages] == before
     assert [entry["round"] for entry in run.summary["rounds"]] == [0, 1]
     assert run.storage.read_json("finished.json") == {"engine_starts": 2, "engines": 2}
 

@@ -92,6 +92,7 @@ def test_plan_counts_the_plugins_pairs(package: Path, recipe: Path) -> None:
     assert plan["round"]["steps"]["train"]["rows"] == 48
 
 
+@pytest.mark.slow
 def test_round_trains_on_the_plugins_pairs(resumed: RunDirectory) -> None:
     rows = rows_of(resumed.stage(1, "pairs").read())
     assert rows
@@ -118,12 +119,14 @@ def test_changed_plugin_source_invalidates_the_run(package: Path, recipe: Path, 
     assert "already finished" in calm_ray(package, "align", recipe)
 
 
+@pytest.mark.slow
 def test_changed_plugin_setting_invalidates_its_step(package: Path, recipe: Path, resumed: RunDirectory) -> None:
     output = calm_ray(package, "align", recipe, "short.difference=3", code=2)
     assert "short.difference: 2 in the run, 3 in the recipe" in output
     assert "--redo" in output
 
 
+@pytest.mark.slow
 def test_show_needs_permission_to_run_the_plugin(package: Path, resumed: RunDirectory) -> None:
     assert "--plugins shorter" in calm_ray(package, "show", resumed.uri, code=2)
     output = calm_ray(package, "show", resumed.uri, "--plugins", "shorter")

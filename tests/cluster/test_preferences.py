@@ -85,7 +85,7 @@ def make_job(folder: Path, model: Path, questions: list[Question], **changes: An
         preferences=Preferences(translator="world"), model=RunModel(str(model)), round_number=1,
         text_service=make_text_service([]),
     )  # fmt: skip
-    write_chunks(questions, job.questions, prompts_per_chunk=8)
+    write_chunks(questions, job.questions, prompts_per_chunk=30)
     world, tokenizer = build_world(100), build_tokenizer(build_world(100))
     for chunk in job.questions.chunks():
         for language in LANGUAGES:

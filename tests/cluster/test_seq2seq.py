@@ -215,6 +215,7 @@ def test_identity_depends_on_weights_and_max_new_tokens(t5: Path, nllb: Path) ->
     assert translator(t5, actors=3).identity in identities
 
 
+@pytest.mark.slow
 def test_unsupported_language_is_refused_before_anything_starts(folder: Path, tmp_path: Path) -> None:
     rows, cache = questions(1), Storage(str(tmp_path))
     with pytest.raises(InputError, match=rf"{folder} does not translate into Japanese \('ja'\)"):

@@ -72,6 +72,7 @@ def losses(metrics: list[dict[str, Any]]) -> list[float]:
     return [row["train/loss"] for row in metrics if "train/loss" in row]
 
 
+@pytest.mark.slow
 def test_number_of_workers_does_not_change_the_losses(model: Path, pairs: Stage, tmp_path: Path) -> None:
     one, one_metrics = train(model, pairs, tmp_path / "one", workers=1)
     two, two_metrics = train(model, pairs, tmp_path / "two", workers=2)
