@@ -99,7 +99,7 @@ def test_init_from_a_run_means_no_base_model_answers() -> None:
         (["candidates.pairs=2"], {"0/evaluate", "0/score", "0/changed", "0/optimal"}),
         (["preferences.ties=smallest", "sampling.temperature=0.5"], None),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_dco_changes_keep_independent_stages(changes: list[str], kept: set[str] | None) -> None:
     """The optimal policy derived from the first reference depends on gamma; base model scores do not."""
