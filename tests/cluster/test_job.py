@@ -58,7 +58,8 @@ def recipe(make_recipe: Callable[..., Path], storage: Path) -> Path:
 
 def files_in(run: RunDirectory, stage: str) -> dict[Path, tuple[int, bytes]]:
     """Modification time and content of the stage's files."""
-    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in Path(run.storage.path(stage)).iterdir()}
+    files = (file for file in Path(run.storage.path(stage)).iterdir() if file.is_file())
+    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
 
 
 @pytest.fixture(scope="module")
