@@ -85,7 +85,7 @@ def make_job(folder: Path, model: Path, questions: list[Question], **changes: An
         preferences=Preferences(translator="world"), model=RunModel(str(model)), round_number=1,
         text_service=make_text_service([]),
     )  # fmt: skip
-    write_chunks(questions, job.questions, prompts_per_chunk=30)
+    write_chunks(questions, job.questions, prompts_per_chunk=15)
     world, tokenizer = build_world(100), build_tokenizer(build_world(100))
     for chunk in job.questions.chunks():
         for language in LANGUAGES:
@@ -131,6 +131,8 @@ def test_pipeline_matches_the_pure_functions(tmp_path: Path, model: Path, questi
     for row in written:
         assert row["chosen_answer"] != row["rejected_answer"]
         assert row["chosen_token_ids"][-1] == row["rejected_token_ids"][-1] == 1
+    assert len(job.questions.chunks()) == 2
+    assert sum_over_chunks(job.count, sorted(job.questions.chunks()))["pairs"] == len(pairs)
 
 
 def test_pairs_do_not_depend_on_gold_answers(tmp_path: Path, model: Path, questions: list[Question]) -> None:
