@@ -13,6 +13,9 @@ pytest_plugins = ["small_runs"]
 
 # Background shells ignore SIGINT, and the jobs that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# With tests running side by side, `ray.init()` must not find the cluster that a test in another process has started.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["RAY_TMPDIR"] = f"/tmp/ray-{worker}"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

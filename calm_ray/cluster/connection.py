@@ -24,6 +24,10 @@ from calm_ray.run.storage import Storage
 
 WAIT_SECONDS = 30
 TOKEN = "RAY_AUTH_TOKEN"
+NOT_JOINED = (
+    "If the cluster is no longer there, `ray stop` forgets it; if it asks for a token, set RAY_AUTH_TOKEN. To run in a "
+    "local Ray of its own instead, set RAY_ADDRESS=local."
+)
 
 
 @contextmanager
@@ -64,7 +68,10 @@ def _start_or_join(cpus: int, train_slots: int) -> bool:
     except ValueError:  # an existing cluster has its own size and token
         if has_own_token:
             del os.environ[TOKEN]
-        ray.init(**options)
+        try:
+            ray.init(**options)
+        except ConnectionError as error:
+            raise ResourceError(f"{error}. {NOT_JOINED}") from None
         return True
 
 
