@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,10 @@ import yaml
 from calm_ray.core.exit_codes import run_command
 from calm_ray.recipes.load import load_config, load_preferences
 from calm_ray.recipes.merge import is_override, split_words
+
+# Set before torch starts its threads, for Ray's workers too. Threads that spin while they wait take twice as long as
+# soon as another program needs a core; threads that sleep cost a tenth on an idle machine (docs/log.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ALIGN_HELP = """\
 Runs rounds of self-alignment. Without a recipe it runs the demo, which needs no model and no data.

@@ -1,5 +1,8 @@
 """Command-line arguments."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,11 @@ def test_shipped_recipe_works_from_any_folder(
     monkeypatch.chdir(tmp_path)
     assert main(["align", "--dry-run", "dco/demo"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["method"] == "dco"
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_decides() -> None:
+    code = "import calm_ray.cli, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for given, expected in ({}, "PASSIVE False"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE False"):
+        shown = subprocess.check_output([sys.executable, "-c", code], env={**environment, **given}, text=True)
+        assert shown.strip() == expected
