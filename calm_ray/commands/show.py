@@ -35,15 +35,13 @@ def show(location: str, round_number: int, question_id: str | None, plugins: Seq
 
 
 def _find(examples: Stage, questions: Stage, question_id: str | None) -> tuple[str, str]:
-    """The chunk and id of the question; by default, of the first question that is trained on."""
-    for chunk in sorted(questions.chunks()):
-        stage = examples if question_id is None else questions
-        for row in rows_of(stage.read_chunk(chunk)):
-            if question_id in (None, row["question_id"]):
-                return chunk, row["question_id"]
-    raise InputError(
-        f"question {question_id!r} is not in this run" if question_id else "no question of this round has a pair"
-    )
+    """The chunk and id of the question; by default, of the first that is trained on, or of the first of all."""
+    for stage in (examples, questions) if question_id is None else (questions,):
+        for chunk in sorted(questions.chunks()):
+            for row in rows_of(stage.read_chunk(chunk)):
+                if question_id in (None, row["question_id"]):
+                    return chunk, row["question_id"]
+    raise InputError(f"question {question_id!r} is not in this run" if question_id else "this run has no questions")
 
 
 def _show_questions(questions: list[Question]) -> None:

@@ -53,8 +53,6 @@ class Step(ABC):
     writes: ClassVar[bool] = False
     """Whether the policy generates completions, which must fit into the engines' context."""
     columns: ClassVar[tuple[Column, ...]] = ()
-    empty_reason: ClassVar[str] = "no question produced an example"
-    """Why a step that produces training examples may produce none."""
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -115,6 +113,10 @@ class Step(ABC):
     def summary_of_start(self, record: Entry) -> Entry:
         """Fields about the policy the round starts from; added to the previous round's entry."""
         return {}
+
+    def empty_reason(self, record: Entry) -> str:
+        """Why a step that produces training examples produced none."""
+        return "no question produced an example"
 
     def show(self, view: QuestionView) -> None:
         """Prints its rows for one question, if there is anything to show."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from calm_ray.engines.text_service import TextService
 
 VOTES = "votes"
+MOSTLY = 0.5
+"""Fraction of unparseable completions above which they are the reason that there are no pairs."""
 VOTE_COLUMN = Column(
     "vote*",
     lambda entry: percent(entry.get("vote_accuracy")),
@@ -47,7 +49,6 @@ class VoteAndPair(PairStep):
     reads = ("questions", "sample")
     keys = ("preferences",)
     columns = (VOTE_COLUMN, PAIRS_COLUMN)
-    empty_reason = "every question with a winner is unanimous"
 
     def job(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> ChunkJob:
         round.engines.refresh(round.start)  # the policy may also have to translate its completions
@@ -69,6 +70,16 @@ class VoteAndPair(PairStep):
 
     def record(self, counts: Counter[str]) -> Entry:
         return {**super().record(counts), "vote": sample_report(counts)}
+
+    def empty_reason(self, record: Entry) -> str:
+        unparseable = record["vote"]["unparseable_samples"]
+        if unparseable > MOSTLY:
+            return (
+                f"{unparseable:.0%} of the completions have no answer that could be read, so there was nothing to vote "
+                "on; `calm-ray show` prints some. The model may be too small to answer with a letter, or "
+                "sampling.max_new_tokens too low"
+            )
+        return "every question with a winner is unanimous"
 
     def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
         """Assumes that every completion loses and every chosen side must be translated."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from calm_ray.core.rows import Pair, schema
 from calm_ray.core.settings import RunSettings
 from calm_ray.evaluation.scores import columns_of_convention, read_scored, scores_of
-from calm_ray.methods.base import ChunkJob
+from calm_ray.methods.base import ChunkJob, Entry
 from calm_ray.methods.dco.gamma import gammas
 from calm_ray.methods.dco.pairs import draw_pairs, pair_tables, targets
 from calm_ray.methods.dco.settings import Dco
@@ -33,7 +33,6 @@ class PairCandidates(PairStep):
     """None for the gold baselines: pairs of the right candidate and another one, without targets."""
 
     title = "pair candidates"
-    empty_reason = "no pair could be drawn"
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -46,6 +45,9 @@ class PairCandidates(PairStep):
 
     def job(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> ChunkJob:
         return PairJob(inputs[1], output, self.settings, self.dco, round.number)
+
+    def empty_reason(self, record: Entry) -> str:
+        return "no pair could be drawn"
 
     def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
         candidates = self.scores.candidates

@@ -54,7 +54,7 @@ class Train(Step):
         if inputs[0].counts()["rows"]:
             policy = trained(output) or self._train(round, self._job(round, output, inputs[0]))
         else:
-            say(f"round {round.number}: nothing to train on: {self.examples.empty_reason}")
+            say(f"round {round.number}: nothing to train on: {self.examples.empty_reason(inputs[0].record)}")
         for name in round.run.discard_stale(round.graph, round.number, policy.name):
             say(f"{name}: was produced by a policy that has been lost; recomputing")
         output.storage.delete("checkpoints")
