@@ -34,6 +34,11 @@ def make_stage(folder: Path, chunks: int = 3, finished: bool = True) -> Stage:
     return stage
 
 
+def test_chunks_are_read_in_order(tmp_path: Path) -> None:
+    """Training depends on the order of its examples."""
+    assert make_stage(tmp_path / "pairs", chunks=30).read()["n"].to_pylist() == list(range(30))
+
+
 def test_finished_stage_has_a_single_manifest(tmp_path: Path) -> None:
     stage = make_stage(tmp_path / "sample", finished=False)
     assert stage.storage.files("manifest") == [f"{n:05d}-en.parquet.json" for n in range(3)]
