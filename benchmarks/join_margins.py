@@ -32,6 +32,8 @@ from calm_ray.cluster.over_chunks import over_chunks
 from calm_ray.cluster.resources import Group, Needs
 from calm_ray.core.rows import Pair, Scored, rows_of, schema, table
 from calm_ray.evaluation.scores import read_scored
+from calm_ray.methods.dco.experts import Experts
+from calm_ray.methods.dco.gamma import gammas
 from calm_ray.methods.dco.pair_candidates import PairJob
 from calm_ray.methods.dco.settings import Dco
 from calm_ray.recipes.load import load_config
@@ -67,7 +69,8 @@ def write_work(folder: Path, pairs: int, questions_per_chunk: int) -> Work:
         for language in LANGUAGES:
             scored.write(f"{chunk}-{language}", scores_in(language, chunk, questions_per_chunk, words, rng))
     settings = load_config("dco/demo", [f"languages=[{', '.join(LANGUAGES)}]", "candidates.pairs=1"])
-    job = PairJob(scored, output, settings, Dco(), round_number=1)
+    experts = Experts(gammas(Dco(), LANGUAGES, settings.train.beta), settings.train.beta)
+    job = PairJob(scored, output, settings, Dco(), experts, round_number=1)
     return Work(job, chunks, questions_per_chunk)
 
 

@@ -112,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?", help="print this recipe")
     recipes.set_defaults(command=_recipes)
 
+    atlas = commands.add_parser("atlas", help="write the atlas's questions about countries as question files")
+    atlas.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
+    atlas.add_argument("--seed", type=int, default=0, help="draws the held-out countries and the choices; default: 0")
+    atlas.add_argument("--languages", nargs="+", metavar="CODE", help="default: all that the atlas has")
+    atlas.set_defaults(command=_atlas)
+
     keys = commands.add_parser("keys", help="print every key of a recipe with its values, default and meaning")
     keys.set_defaults(command=_keys)
 
@@ -265,6 +271,12 @@ def _recipes(options: argparse.Namespace) -> None:
         list_recipes()
     else:
         print_recipe(options.name)
+
+
+def _atlas(options: argparse.Namespace) -> None:
+    from calm_ray.commands.atlas import write_atlas
+
+    write_atlas(options.out, options.seed, options.languages)
 
 
 def _keys(options: argparse.Namespace) -> None:

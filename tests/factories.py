@@ -140,6 +140,7 @@ def scored(
     prompt: str | None = None,
     right: int | None = None,
     prompt_logp: float | None = None,
+    subject: str | None = None,
 ) -> Scored:
     """A question's scored candidates, letters by default; each byte is a token."""
     texts = list(choices or "ABCDEFGHIJ"[: len(logps)])
@@ -148,6 +149,7 @@ def scored(
     return Scored(
         question_id=question_id,
         language=language,
+        subject=subject,
         prompt=prompt,
         prompt_token_ids=list(prompt.encode()),
         choices=texts,

@@ -10,7 +10,7 @@ from calm_ray.core.console import console
 from calm_ray.core.errors import InputError
 from calm_ray.evaluation.tables import OPTIMAL, PARTS, percent, plain_table
 from calm_ray.job.open_run import OpenedRun, open_run
-from calm_ray.methods.dco.gamma import describe_gamma, distance_from_rank_one, exponents, gammas
+from calm_ray.methods.dco.gamma import describe_gamma, distance_from_rank_one, exponents
 from calm_ray.methods.dco.optimum import Optimum, find_optimum
 from calm_ray.run.policies import Policy
 
@@ -33,8 +33,8 @@ def show_optimum(location: str, round_number: int | None, as_json: bool, plugins
     if number not in finished:
         raise InputError(f"{run.uri}: round {number} has no optimal policy; rounds with one: {finished}")
     policies = _policies(opened, number, optimum)
-    dco, beta = optimum.dco, config.train.beta
-    gamma = gammas(dco, config.languages, beta)
+    beta = config.train.beta
+    gamma = optimum.gamma(run, number)
     if as_json:
         print(json.dumps({"languages": config.languages, "gamma": gamma.tolist(), **policies}, indent=2))
         return

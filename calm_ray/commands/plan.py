@@ -13,14 +13,14 @@ from calm_ray.cluster.machines import GB, Node
 from calm_ray.config import Config
 from calm_ray.core.console import console, say
 from calm_ray.core.errors import InputError
-from calm_ray.methods.work import Work
+from calm_ray.methods.work import CHOICES, Work
 from calm_ray.planning.durations import BANDWIDTH_FRACTION, FLOPS_FRACTION, REFERENCE
 from calm_ray.planning.hardware import identical_nodes, local_node, nodes_from_launcher_file
 from calm_ray.planning.layout import Place, gb, make_layout
 from calm_ray.planning.model_shape import Shape, shape_of
 from calm_ray.planning.needs import needs_of
 from calm_ray.planning.plan import Plan, make_plan
-from calm_ray.planning.work import CHOICES, PROMPT_TOKENS, TEXT_BYTES_PER_TOKEN
+from calm_ray.planning.work import PROMPT_TOKENS, TEXT_BYTES_PER_TOKEN
 from calm_ray.recipes.load import Recipes, load_config
 
 MAX_DEFAULT_NODES = 64

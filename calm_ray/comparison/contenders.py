@@ -23,7 +23,7 @@ from typing import Any
 
 from calm_ray.config import DEFAULT_METHOD, Config
 from calm_ray.core.errors import InputError
-from calm_ray.core.sections import WORLD, unknown_name
+from calm_ray.core.sections import DEMOS, unknown_name
 from calm_ray.methods import METHODS
 from calm_ray.recipes.load import COMPARE, Recipes, read_recipes, source_of, validated
 from calm_ray.recipes.merge import merge, override
@@ -174,5 +174,5 @@ def _check(one: Contender, first: Contender) -> None:
             raise InputError(f"{COMPARE}: {key} must be the same for all methods, but {one.method} differs")
     if config.rounds == 0:
         raise InputError(f"rounds: is 0 for {one.method}; a comparison needs at least 1")
-    if config.model != WORLD and not config.questions.evaluate and not config.questions.split:
+    if config.model not in DEMOS and not config.questions.evaluate and not config.questions.split:
         raise InputError("questions.evaluate: methods are compared on held-out questions; set this or questions.split")

@@ -122,11 +122,13 @@ class CandidateSet(TypedDict):
 
     Example:
         {"question_id": "q17", "language": "fr", "prompt": "Quel ... ?\nA. aigle\nB. ours\nRéponse :",
-         "prompt_token_ids": [5, 9], "choices": ["A", "B"], "texts": [" A", " B"], "token_ids": [[7], [8]], "right": 1}
+         "prompt_token_ids": [5, 9], "choices": ["A", "B"], "texts": [" A", " B"], "token_ids": [[7], [8]], "right": 1,
+         "subject": "animal"}
     """
 
     question_id: str
     language: str
+    subject: str | None
     prompt: str
     prompt_token_ids: list[int]
     choices: list[str]
@@ -152,6 +154,30 @@ class Scored(CandidateSet):
     prompt_logp: float | None
     """Of the prompt's tokens except the first; None unless `candidates.score` is mean_full."""
     policy: str
+
+
+class OptionTargets(TypedDict):
+    """A question's candidates in one language, with the distribution over them to fit (`dco.fit: options`).
+
+    Produced by `methods.dco`, consumed by `training`.
+
+    Example:
+        {"question_id": "q17", "language": "fr", "number": 0, "prompt": "Quel ... ?", "texts": [" aigle", " ours"],
+         "prompt_token_ids": [5, 9], "token_ids": [[7], [8]], "probabilities": [0.25, 0.75], "policy": "base"}
+    """
+
+    question_id: str
+    language: str
+    number: int
+    """Always 0: there is one row per question and language."""
+    prompt: str
+    texts: list[str]
+    prompt_token_ids: list[int]
+    token_ids: list[list[int]]
+    probabilities: list[float]
+    """Of each candidate under the optimal policy, given that one of them is the answer."""
+    policy: str
+    """The reference policy, whose scores they were computed from."""
 
 
 class Dialogue(TypedDict):

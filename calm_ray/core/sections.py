@@ -31,10 +31,11 @@ class Section(BaseModel):
 
 
 class World(Section):
-    """The demo world, used with `model: world`."""
+    """The demos, used with `model: world` or `model: atlas`."""
 
     seed: Seed = 0
-    """Selects the demo world: its towns, facts, barriers and questions."""
+    """Selects the demo world: its towns, facts, barriers and questions. With the atlas, the countries that are held out
+    and the wrong choices of each question."""
 
 
 class Split(Section):
@@ -171,6 +172,10 @@ class Candidates(Section):
     and candidate tokens (`mean_full`, as in DCO's released code)."""
     chat: bool = False
     """Use the model's chat template. By default, prompts are plain text, as in lm-evaluation-harness."""
+    calibrate: bool = False
+    """With DCO, compare candidates by how much more likely they are than in the mean over the questions of the same
+    subject that have them as a candidate, in the same language. This removes what a candidate's length, form and
+    frequency contribute. Needs candidates that recur, such as letters or the values of a relation."""
     pairs: Count = 1
     """k, the number of candidate pairs drawn per question and round, for methods that train on them."""
     max_candidates: Annotated[int, Field(ge=2)] = 4
@@ -265,8 +270,10 @@ class Train(Section):
         return not isinstance(self.workers, int)
 
 
-WORLD = "world"
-"""The value of `model` for the built-in demo."""
+WORLD, ATLAS = "world", "atlas"
+"""Values of `model` for the generated world, and for a public model with questions about countries."""
+DEMOS = (WORLD, ATLAS)
+"""The values of `model` that come with questions of their own."""
 
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from calm_ray.core.languages import LANGUAGES
 from calm_ray.core.safety import path_problem, refuse_secrets
 from calm_ray.core.sections import (
+    DEMOS,
     RUN_NAME,
     WORLD,
     Candidates,
@@ -119,11 +120,12 @@ class RunSettings(Section):
             raise ValueError("train.shards: must divide train.workers")
 
     def _check_world(self) -> None:
-        if self.model == WORLD:
+        if self.model in DEMOS:
             if self.questions != Questions():
-                raise ValueError("questions: the demo world has its own; remove this section, or set model")
-            return
-        if not self.questions.align:
+                raise ValueError(f"questions: model {self.model} has its own; remove this section, or set model")
+            if self.model == WORLD:
+                return
+        elif not self.questions.align:
             raise ValueError("questions.align: set this to the questions to train on")
         if self.candidates and self.candidates.form == WORLD:
             raise ValueError("candidates.form: world is only for the demo world; set it to letters or choices")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.safety import as_input_error
-from calm_ray.core.sections import WORLD
+from calm_ray.demo.demos import DEMOS
 from calm_ray.job.prompt_limits import candidate_check, check_lengths, check_letters
 from calm_ray.questions.reader import Intake, load_questions
 from calm_ray.questions.splits import check_disjoint, split_questions
@@ -43,14 +43,14 @@ def requirements_of(config: Config) -> Requirements:
 
 
 def prepare(config: Config, known: RunModel | None) -> Inputs:
-    """Reads and checks a run's questions and finds its model; for the demo, pretrains the world's model once.
+    """Reads and checks a run's questions and finds its model; makes a demo's model unless it is cached.
 
     `known` is the model of a resumed run. Raises InputError for anything that would fail the run later.
     """
     check_device(config.device)
     from calm_ray.training.preflight import check_training
 
-    inputs = _prepare_world(config, known) if config.model == WORLD else _prepare_files(config)
+    inputs = _prepare_demo(config, known) if config.model in DEMOS else _prepare_files(config)
     with as_input_error(f"model: {inputs.folder} cannot be built from its config.json"):
         check_training(inputs.folder, config.train)
     return inputs
@@ -113,21 +113,15 @@ def _read_questions(config: Config, folder: Path, *, needs_gold: bool) -> tuple[
     )
 
 
-def _prepare_world(config: Config, known: RunModel | None) -> Inputs:
-    from calm_ray.demo.generator import build_world, world_languages, world_questions
-
-    unsupported = [code for code in config.languages if code not in world_languages()]
+def _prepare_demo(config: Config, known: RunModel | None) -> Inputs:
+    demo = DEMOS[config.model]
+    unsupported = [code for code in config.languages if code not in demo.languages()]
     if unsupported:
-        raise InputError(f"languages: the demo world has {', '.join(world_languages())}, but not {unsupported[0]}")
-    from calm_ray.demo.pretraining import world_model
-
-    world = build_world(config.world.seed)
-    align, evaluate = (
-        Intake([row for row in part if row["language"] in config.languages], []) for part in world_questions(world)
-    )
+        raise InputError(f"languages: {config.model} has {', '.join(demo.languages())}, but not {unsupported[0]}")
+    align, evaluate = (Intake(part, []) for part in demo.questions(config.world.seed, config.languages))
     if known is not None:
         return Inputs(known, known.local_folder(), align, evaluate)
-    folder, sha256 = world_model(world)
+    folder, sha256 = demo.model(config.world.seed)
     return Inputs(RunModel(folder.name, sha256=sha256), folder, align, evaluate)
 
 

@@ -13,6 +13,7 @@ from calm_ray.cluster.machines import GB, GIB, Device
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import Train
+from calm_ray.methods.work import CHOICES
 from calm_ray.planning.model_shape import Shape
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -178,7 +179,7 @@ def pack_tokens(config: Config, shape: Shape) -> int:
     `train.max_pair_tokens` and the engines' context limit each sequence.
     """
     train = config.train
-    pair = config.objective.sides * min(train.max_pair_tokens, context_of(config, shape))
+    pair = (config.objective.sides or CHOICES) * min(train.max_pair_tokens, context_of(config, shape))
     if train.engine == "trl":
         pairs = train.trl.get("per_device_train_batch_size", max(1, train.batch_pairs // train.max_workers))
         return int(pairs) * pair

@@ -13,7 +13,7 @@ from typing import Any
 
 from calm_ray.core.errors import InputError
 from calm_ray.core.safety import local_path
-from calm_ray.core.sections import WORLD, Lora
+from calm_ray.core.sections import ATLAS, WORLD, Lora
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
@@ -96,8 +96,11 @@ KNOWN = [
     _known_shape("Qwen2.5 32B", 5120, 64, 27648, 40, 8, 152064, tied=False),
     _known_shape("Llama 3 70B", 8192, 80, 28672, 64, 8, 128256, tied=False),
 ]
-WORLD_SHAPE = replace(_known_shape("the demo model", 128, 4, 384, 4, 4, 960, tied=True), context=256, is_assumed=False)
-"""Model of `calm_ray.demo.pretraining`. The vocabulary size varies slightly between worlds."""
+DEMO_SHAPES = {
+    WORLD: replace(_known_shape("the demo model", 128, 4, 384, 4, 4, 960, tied=True), context=256, is_assumed=False),
+    ATLAS: replace(_known_shape("SmolLM2-135M", 576, 30, 1536, 9, 3, 49152, tied=True), context=8192, is_assumed=False),
+}
+"""Models of `calm_ray.demo`. The world's vocabulary varies slightly with its seed."""
 _SIZE = re.compile(r"(?:^|[-_ ./])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?=$|[-_ ./])", re.IGNORECASE)
 
 
@@ -119,8 +122,8 @@ def shape_of(model: str, config_file: str | Path | None = None) -> Shape:
     """
     if config_file is not None:
         return shape_of_config(local_path(str(config_file), "model-config"))
-    if model == WORLD:
-        return WORLD_SHAPE
+    if model in DEMO_SHAPES:
+        return DEMO_SHAPES[model]
     folder = local_path(model, "model")
     if folder.is_dir():
         return shape_of_folder(folder)

@@ -9,8 +9,8 @@ from typing import Any
 from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question
-from calm_ray.core.sections import WORLD
-from calm_ray.methods.work import Sizes, Work
+from calm_ray.demo.demos import DEMOS
+from calm_ray.methods.work import CHOICES, Sizes, Work
 from calm_ray.planning.memory import BYTES, FLOAT32, context_of
 from calm_ray.planning.model_shape import Shape
 from calm_ray.run.policies import RunModel
@@ -19,8 +19,6 @@ PROMPT_TOKENS = 256
 """Assumed prompt length if the questions cannot be read."""
 TEXT_BYTES_PER_TOKEN = 4
 """Assumed UTF-8 bytes per token, about that of English."""
-CHOICES = 4
-"""Assumed choices per question if the questions cannot be read."""
 CHECKPOINTS = 2
 """The last checkpoint and the one being written."""
 POLICIES = 2
@@ -62,10 +60,8 @@ def count_questions(config: Config) -> Counts:
 
     Raises InputError if the files contain no questions.
     """
-    if config.model == WORLD:
-        from calm_ray.demo.generator import build_world, world_questions
-
-        asked, held_out = world_questions(build_world(config.world.seed))
+    if config.model in DEMOS:
+        asked, held_out = DEMOS[config.model].questions(config.world.seed, config.languages)
         return _counts(asked, _distinct(held_out))
     sources = config.questions
     assert sources.align is not None
@@ -144,7 +140,7 @@ def _disk(config: Config, shape: Shape, steps: dict[str, Work]) -> dict[str, int
 
 def _cache(config: Config, shape: Shape) -> dict[str, int]:
     """Bytes on a node's disk: local copies, and a checkpoint on its way to or from storage."""
-    is_copied = config.model == WORLD or not RunModel(config.model).is_folder
+    is_copied = config.model in DEMOS or not RunModel(config.model).is_folder
     is_merged = config.engines.refresh == "merged" and config.train.lora is not None
     whole = BYTES["bfloat16"] * shape.parameters
     policy, checkpoint = _trained(config, shape)

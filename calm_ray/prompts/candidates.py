@@ -82,6 +82,7 @@ def tokenized(question: Question, asked: Asked, tokenizer: PreTrainedTokenizerBa
     return CandidateSet(
         question_id=question["question_id"],
         language=question["language"],
+        subject=question["subject"],
         prompt=prompt,
         prompt_token_ids=ids,
         choices=asked.choices,

@@ -40,6 +40,10 @@ class Measured:
         device = self.logps.device
         return torch.tensor(chosen, device=device), torch.tensor(rejected, device=device)
 
+    def by_tree(self) -> Sequence[Tensor]:
+        """`logps` of each tree's branches."""
+        return self.logps.split([len(tree.branches) for tree in self.trees])
+
     def targets(self) -> Tensor:
         """[C], target of each comparison."""
         import torch
@@ -76,8 +80,8 @@ class Watch:
 class Objective(ABC):
     """What training minimizes. Picklable, since every worker gets a copy."""
 
-    sides: ClassVar[int]
-    """Branches computed per row: 2 for pairs, 1 for supervised targets."""
+    sides: ClassVar[int | None]
+    """Branches computed per row: 2 for pairs, 1 for supervised targets, None for all that a row has."""
     needs_reference: ClassVar[bool]
     keys: ClassVar[tuple[str, ...]] = ()
     """Configuration keys that affect it, besides the `train` section."""

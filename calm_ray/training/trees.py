@@ -1,16 +1,17 @@
 """Training rows as trees of tokens: a prompt and its branches, each with a mask of scored tokens.
 
-A pair is two compared branches of one prompt; a supervised target is one branch; a dialogue is one branch with several
-scored spans.
+A pair is two compared branches of one prompt; options are any number of branches with a distribution over them; a
+supervised target is one branch; a dialogue is one branch with several scored spans.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from calm_ray.core.errors import CalmRayError
-from calm_ray.core.rows import Dialogue, Pair, rows_of
+from calm_ray.core.rows import Dialogue, OptionTargets, Pair, rows_of
 from calm_ray.run.stage import Stage
 
 Key = tuple[str, str, int]
@@ -51,6 +52,8 @@ class Tree:
     prompt: list[int]
     branches: tuple[Branch, ...]
     comparisons: tuple[Comparison, ...] = ()
+    probabilities: tuple[float, ...] | None = None
+    """Distribution over the branches to fit (DCO with `fit: options`)."""
 
     @property
     def key(self) -> Key:
@@ -66,8 +69,13 @@ class Tree:
         """Tokens of the prompt plus the longest branch."""
         return len(self.prompt) + max(len(branch.tokens) for branch in self.branches)
 
-    def first(self, branches: int) -> Tree:
-        """Keeps only the first `branches`; 1 keeps a pair's chosen side. Raises CalmRayError if there are fewer."""
+    def first(self, branches: int | None) -> Tree:
+        """Keeps only the first `branches`, all if None; 1 keeps a pair's chosen side.
+
+        Raises CalmRayError if there are fewer.
+        """
+        if branches is None:
+            return self
         if len(self.branches) < branches:
             raise CalmRayError(
                 f"question {self.question_id} in {self.language}: the objective needs {branches} branches, but row "
@@ -82,6 +90,16 @@ def tree_of_pair(row: Pair) -> Tree:
     branches = (Branch(row["chosen_token_ids"]), Branch(row["rejected_token_ids"]))
     comparison = Comparison(0, 1, row.get("target_margin"))
     return Tree(row["question_id"], row["language"], row["pair"], row["prompt_token_ids"], branches, (comparison,))
+
+
+def tree_of_options(row: OptionTargets) -> Tree:
+    """Every candidate as a branch, with the probabilities to fit."""
+    branches = tuple(map(Branch, row["token_ids"]))
+    probabilities = tuple(row["probabilities"])
+    return Tree(
+        row["question_id"], row["language"], row["number"], row["prompt_token_ids"], branches,
+        probabilities=probabilities,
+    )  # fmt: skip
 
 
 def tree_of_dialogue(row: Dialogue) -> Tree:
@@ -103,15 +121,18 @@ def tree_of_dialogue(row: Dialogue) -> Tree:
 KEYS = ["question_id", "language"]
 PAIR_COLUMNS = [*KEYS, "pair", "prompt_token_ids", "chosen_token_ids", "rejected_token_ids", "target_margin"]
 DIALOGUE_COLUMNS = [*KEYS, "number", "token_ids", "scored"]
+OPTION_COLUMNS = [*KEYS, "number", "prompt_token_ids", "token_ids", "probabilities"]
+KINDS: tuple[tuple[list[str], Callable[[Any], Tree]], ...] = (
+    (PAIR_COLUMNS, tree_of_pair), (DIALOGUE_COLUMNS, tree_of_dialogue), (OPTION_COLUMNS, tree_of_options),
+)  # fmt: skip
+"""The columns of each kind of row, and how to read it."""
 
 
 def read_trees(examples: Stage) -> list[Tree]:
-    """Reads the rows of a stage, pairs or dialogues, in order."""
+    """Reads the rows of a stage, all of one kind, in order."""
     chunks = sorted(examples.chunks())
     if not chunks:
         return []
-    if "scored" not in examples.read_chunk(chunks[0]).column_names:
-        pairs: list[Any] = rows_of(examples.read(PAIR_COLUMNS))
-        return [tree_of_pair(row) for row in pairs]
-    dialogues: list[Any] = rows_of(examples.read(DIALOGUE_COLUMNS))
-    return [tree_of_dialogue(row) for row in dialogues]
+    present = set(examples.read_chunk(chunks[0]).column_names)
+    columns, tree_of = next((columns, tree_of) for columns, tree_of in KINDS if present.issuperset(columns))
+    return [tree_of(row) for row in rows_of(examples.read(columns))]

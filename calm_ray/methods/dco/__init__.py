@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from calm_ray.core.settings import RunSettings
 from calm_ray.methods.base import Evaluation, Method, Step
-from calm_ray.methods.dco.settings import Dco
+from calm_ray.methods.dco.settings import AUTO, Dco
 
 if TYPE_CHECKING:
     from calm_ray.training.objectives import Objective
@@ -37,30 +37,38 @@ class DcoMethod(Method[Dco]):
             )
         if run.train.sft_weight:
             raise ValueError("train.sft_weight: must be 0 with DCO, where neither candidate of a pair is preferred")
-        if own.anchor and own.anchor.language not in run.languages:
+        if own.anchor and own.anchor.language not in (AUTO, *run.languages):
             raise ValueError(f"dco.anchor.language: {own.anchor.language} is not one of the run's languages")
         for pair in own.gamma if isinstance(own.gamma, dict) else ():
             first, _, second = pair.partition("-")
             if first == second or not {first, second} <= set(run.languages):
                 raise ValueError(f"dco.gamma: {pair} does not name two of the run's languages (example: en-fr)")
 
+        if isinstance(own.weights, dict) and own.weights.keys() != set(run.languages):
+            raise ValueError(f"dco.weights: must have exactly the run's languages: {', '.join(run.languages)}")
+        if run.candidates and run.candidates.calibrate and run.samples_candidates:
+            raise ValueError("candidates.calibrate: sampled candidates do not recur; use another candidates.form")
+
     def needs_gold(self, own: Dco) -> bool:
         return own.exclude_gold
 
     def steps(self, run: RunSettings, own: Dco) -> tuple[Step, ...]:
+        from calm_ray.methods.dco.audit_target import AuditTarget
         from calm_ray.methods.dco.draw_candidates import DrawCandidates
+        from calm_ray.methods.dco.fit_options import FitOptions
         from calm_ray.methods.dco.pair_candidates import PairCandidates
         from calm_ray.methods.shared.sample import Sample
         from calm_ray.methods.shared.scores import ReferenceScores
 
         scores = ReferenceScores(run)
         first = (Sample(run), DrawCandidates(run)) if run.samples_candidates else ()
-        return *first, scores, PairCandidates(run, scores, own)
+        examples = FitOptions(run, scores) if own.fit == "options" else PairCandidates(run, scores, own)
+        return *first, scores, AuditTarget(run, scores, own), examples
 
     def objective(self, run: RunSettings, own: Dco) -> Objective:
-        from calm_ray.methods.dco.objective import DCO
+        from calm_ray.methods.dco.objective import DCO, DCOOptions
 
-        return DCO(run.train.beta, own.loss)
+        return DCOOptions() if own.fit == "options" else DCO(run.train.beta, own.loss)
 
     def evaluation(self, run: RunSettings, own: Dco) -> Evaluation:
         """Adds the optimal policy if there is one: bilingual pairs of three or more languages do not share one."""

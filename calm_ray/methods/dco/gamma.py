@@ -5,12 +5,12 @@ Pure functions over arrays: L languages, Q questions, at most K candidates (padd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calm_ray.methods.dco.settings import Dco
+from calm_ray.methods.dco.settings import AUTO, Dco
 
 Floats = NDArray[np.float64]
 
@@ -18,8 +18,18 @@ RANK_ONE_TOLERANCE = 1e-6
 """Relative tolerance: a second singular value below this fraction of the first counts as 0."""
 
 
-def gammas(settings: Dco, languages: Sequence[str], beta: float) -> Floats:
-    """Returns gamma [L, L]: gamma_ij weighs language j's margins in language i's target; diagonal 0 (DCO, Eq. 15)."""
+def gammas(
+    settings: Dco, languages: Sequence[str], beta: float, agreement: Mapping[str, float] | None = None
+) -> Floats:
+    """Returns gamma [L, L]: gamma_ij weighs language j's margins in language i's target (DCO, Eq. 15).
+
+    The diagonal is 0, except with `dco.weights`, where a language's own margins count less than in the reference.
+    `agreement` is each language's mean agreement with the others (0 to 1), for what is `auto`; without it, all agree
+    alike.
+    """
+    if settings.weights is not None:
+        weights = weights_of(settings, languages, agreement)
+        return np.asarray(beta * (np.tile(weights, (len(languages), 1)) - np.eye(len(languages))))
     gamma = np.full((len(languages), len(languages)), float(beta))
     if isinstance(settings.gamma, dict):
         for pair, value in settings.gamma.items():
@@ -28,15 +38,34 @@ def gammas(settings: Dco, languages: Sequence[str], beta: float) -> Floats:
     elif settings.gamma is not None:
         gamma[:] = settings.gamma
     if settings.anchor is not None:
-        anchor = languages.index(settings.anchor.language)
+        name = settings.anchor.language
+        anchor = languages.index(most_agreeing(languages, agreement) if name == AUTO else name)
         gamma[anchor, :] = beta / settings.anchor.strength
         gamma[:, anchor] = beta * settings.anchor.strength
     np.fill_diagonal(gamma, 0.0)
     return gamma
 
 
+def weights_of(settings: Dco, languages: Sequence[str], agreement: Mapping[str, float] | None) -> Floats:
+    """Returns the weights [L] that `dco.weights` asks for; they add up to 1."""
+    if isinstance(settings.weights, dict):
+        weights = np.array([settings.weights[code] for code in languages])
+    elif settings.weights == AUTO and agreement is not None:
+        weights = np.maximum(0.0, np.array([agreement[code] for code in languages]) - 0.5) ** 2
+        if not weights.any():  # no language agrees with the others more often than not
+            weights = np.ones(len(languages))
+    else:
+        weights = np.ones(len(languages))
+    return np.asarray(weights / weights.sum())
+
+
+def most_agreeing(languages: Sequence[str], agreement: Mapping[str, float] | None) -> str:
+    """Returns the language that agrees most with the others, the first of equals."""
+    return max(languages, key=lambda code: agreement[code] if agreement is not None else 0.0)
+
+
 def exponents(gamma: Floats, beta: float) -> Floats:
-    """Returns Gamma [L, L] of Eq. 17, the exponents of Eq. 10: ones on the diagonal, gamma_ij / beta elsewhere."""
+    """Returns Gamma [L, L] of Eq. 17, the exponents of Eq. 10: the identity plus gamma / beta."""
     return np.eye(len(gamma)) + gamma / beta
 
 

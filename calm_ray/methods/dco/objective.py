@@ -44,6 +44,45 @@ class DCO(Objective):
         return Agreement()
 
 
+@dataclass(frozen=True)
+class DCOOptions(Objective):
+    """KL divergence of the policy's distribution over a row's branches from the optimal policy's.
+
+    The optimal policy is known in closed form (Eq. 10 and 16), so that training needs no reference. The loss is 0 where
+    the distributions are equal, which is where all of Eq. 15's margins reach their targets.
+    """
+
+    sides = None
+    needs_reference = False
+    keys = ("dco.fit",)
+    sums = ("rows", "loss", "correct")
+
+    def losses(self, measured: Measured) -> tuple[Tensor, Tensor]:
+        import torch
+
+        from calm_ray.training.losses import summed
+
+        losses, matches = [], []
+        for tree, logps in zip(measured.trees, measured.by_tree(), strict=True):
+            assert tree.probabilities is not None
+            wanted = logps.new_tensor(tree.probabilities)
+            losses.append(option_loss(logps, wanted))
+            matches.append(logps.argmax() == wanted.argmax())
+        stacked = torch.stack(losses)
+        return stacked, summed(stacked, torch.stack(matches).float())
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return {name: sums[name] / sums["rows"] for name in ("loss", "correct")}
+
+
+def option_loss(logps: Tensor, wanted: Tensor) -> Tensor:
+    """Returns the KL divergence (nats) of softmax(`logps`) from `wanted`, over the last dimension; shapes [..., K]."""
+    import torch
+    from torch.nn import functional as F
+
+    return F.kl_div(torch.log_softmax(logps, -1), wanted, reduction="none").sum(-1)
+
+
 def dco_losses(margins: Tensor, targets: Tensor, *, beta: float, kind: str = "absolute") -> Tensor:
     """Returns |beta m - target| (DCO, Eq. 11), one loss per pair and language; all shapes [B].
 

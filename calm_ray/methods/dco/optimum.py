@@ -9,14 +9,17 @@ from dataclasses import dataclass, replace
 from calm_ray.core.settings import RunSettings
 from calm_ray.evaluation.from_scores import ScoreCounter
 from calm_ray.evaluation.score_report import count_distance, count_scores, distance_report, score_report
-from calm_ray.evaluation.scores import chunk_names
+from calm_ray.evaluation.scores import chunk_names, read_scored, scores_of
 from calm_ray.evaluation.tables import OPTIMAL
 from calm_ray.methods.base import Entry, Step
-from calm_ray.methods.dco.gamma import gammas, optimal_logps
+from calm_ray.methods.dco.audit_target import KEYS, AuditTarget, experts_of
+from calm_ray.methods.dco.experts import Experts
+from calm_ray.methods.dco.gamma import Floats
 from calm_ray.methods.dco.settings import Dco
 from calm_ray.methods.round import Round
 from calm_ray.methods.shared.evaluation import MostLikelyAnswers, ReferenceOnHeldOut
 from calm_ray.methods.shared.scores import ReferenceScores, Scores, ScoringStep
+from calm_ray.run.directory import RunDirectory
 from calm_ray.run.stage import Stage
 
 
@@ -25,7 +28,7 @@ class Optimum(Step):
     """Metrics of the optimal policy on training and held-out questions, and the policy's distance from it."""
 
     settings: RunSettings
-    dco: Dco
+    audit: AuditTarget
     scored: tuple[tuple[ScoringStep, ReferenceScores], ...]
     """Steps with the policy's scores and with the reference's scores of the same candidates."""
 
@@ -33,11 +36,11 @@ class Optimum(Step):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return tuple(step.name for pair in self.scored for step in pair)
+        return (*(step.name for pair in self.scored for step in pair), self.audit.name)
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return ("dco.gamma", "dco.anchor", "dco.languages", "train.beta", "train.reference")
+        return (*KEYS, "train.reference")
 
     @property
     def first_round(self) -> int:
@@ -48,14 +51,21 @@ class Optimum(Step):
 
         record: Entry = {}
         stages = dict(zip(self.reads, inputs, strict=True))
+        languages, beta = self.settings.languages, self.settings.train.beta
+        calibrates = self.audit.scores.candidates.calibrate
+        experts = experts_of(stages[self.audit.name], languages, beta, calibrates=calibrates)
         for scores, reference in self.scored:
-            languages, convention = self.settings.languages, scores.candidates.score
-            counter = ScoreCounter(stages[scores.name], languages, convention)
-            optimum = OptimumCounter(counter, stages[reference.name], self.dco, self.settings.train.beta)
+            counter = ScoreCounter(stages[scores.name], languages, scores.candidates.score)
+            optimum = OptimumCounter(counter, stages[reference.name], experts, beta)
             counts = sum_over_chunks(optimum.count, chunk_names(optimum.reference))
             if report := score_report(counts):
                 record[scores.part] = {**report, **distance_report(counts)}
         output.finish(record)
+
+    def gamma(self, run: RunDirectory, number: int) -> Floats:
+        """Returns gamma [L, L] of a round whose optimum is known."""
+        audit, languages = run.stage(number, self.audit.name), self.settings.languages
+        return experts_of(audit, languages, self.settings.train.beta, calibrates=False).gamma
 
     def summary(self, record: Entry) -> Entry:
         return {OPTIMAL: record} if record else {}
@@ -67,14 +77,16 @@ def find_optimum(evaluation: Sequence[Step]) -> Optimum | None:
 
 
 def optimum_steps(settings: RunSettings, dco: Dco) -> tuple[Step, ...]:
-    """Returns the steps that score candidates under the reference, then the `Optimum` step that uses them.
+    """Returns the steps that score candidates under the reference and audit the target, then `Optimum`.
 
     Covers held-out questions only if they are scored in all languages of the run, which sampled candidates never are.
     """
-    scored: list[tuple[ScoringStep, ReferenceScores]] = [(Scores(settings), ReferenceScores(settings))]
+    training = ReferenceScores(settings)
+    scored: list[tuple[ScoringStep, ReferenceScores]] = [(Scores(settings), training)]
     if not settings.samples_candidates and set(settings.languages) <= set(settings.evaluation_languages):
         scored.append((MostLikelyAnswers(settings), ReferenceOnHeldOut(settings)))
-    return *(reference for _, reference in scored), Optimum(settings, dco, tuple(scored))
+    audit = AuditTarget(settings, training, dco)
+    return *(reference for _, reference in scored), audit, Optimum(settings, audit, tuple(scored))
 
 
 @dataclass(frozen=True)
@@ -88,16 +100,16 @@ class OptimumCounter:
     policy: ScoreCounter
     reference: Stage
     """Scores of the same candidates under the reference."""
-    settings: Dco
+    experts: Experts
     beta: float
 
     def count(self, chunk: str) -> Counter[str]:
         by_sum = replace(self.policy, convention="sum")
-        reference, policy = by_sum.read(self.reference, chunk), by_sum.read(self.policy.scored, chunk)
+        scored = read_scored(self.reference, chunk, self.policy.languages, self.experts.columns)
+        reference, policy = scores_of(scored), by_sum.read(self.policy.scored, chunk)
         # A prompt that crashes every engine may have been dropped between the two.
         reference, policy = reference.only(set(policy.questions)), policy.only(set(reference.questions))
-        gamma = gammas(self.settings, self.policy.languages, self.beta)
-        optimal = replace(reference, logps=optimal_logps(reference.logps, gamma, self.beta))
+        optimal = replace(reference, logps=self.experts.optimal(reference, scored))
         counts = count_scores(optimal)
         counts.update(count_distance(policy, optimal, self.beta))
         return counts

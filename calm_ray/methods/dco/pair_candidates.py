@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from calm_ray.core.rows import Pair, schema
 from calm_ray.core.settings import RunSettings
-from calm_ray.evaluation.scores import columns_of_convention, read_scored, scores_of
+from calm_ray.evaluation.scores import read_scored, scores_of
 from calm_ray.methods.base import ChunkJob, Entry
-from calm_ray.methods.dco.gamma import gammas
-from calm_ray.methods.dco.pairs import draw_pairs, pair_tables, targets
+from calm_ray.methods.dco.audit_target import KEYS, AuditTarget, experts_of
+from calm_ray.methods.dco.experts import Experts
+from calm_ray.methods.dco.pairs import draw_pairs, pair_tables
 from calm_ray.methods.dco.settings import Dco
 from calm_ray.methods.round import Round
 from calm_ray.methods.shared.pairs import PairStep
@@ -36,15 +37,20 @@ class PairCandidates(PairStep):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return (*self.scores.reads, self.scores.name)
+        return (*self.scores.reads, self.scores.name, *((AuditTarget.name,) if self.dco is not None else ()))
 
     @property
     def keys(self) -> tuple[str, ...]:
-        dco = ("dco.gamma", "dco.anchor", "dco.languages", "dco.exclude_gold", "train.beta")
+        dco = (*KEYS, "dco.exclude_gold", "dco.fit")
         return ("candidates.pairs", "train.reference", *(dco if self.dco is not None else ()))
 
     def job(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> ChunkJob:
-        return PairJob(inputs[1], output, self.settings, self.dco, round.number)
+        settings = self.settings
+        experts = None
+        if self.dco is not None:
+            calibrates = self.scores.candidates.calibrate
+            experts = experts_of(inputs[2], settings.languages, settings.train.beta, calibrates=calibrates)
+        return PairJob(inputs[1], output, settings, self.dco, experts, round.number)
 
     def empty_reason(self, record: Entry) -> str:
         return "no pair could be drawn"
@@ -66,20 +72,20 @@ class PairJob(ChunkJob):
     pairs: Stage
     settings: RunSettings
     dco: Dco | None
+    experts: Experts | None
+    """None for the gold baselines, which have no targets."""
     round_number: int
 
     def make(self, chunk: str) -> Counter[str]:
         settings, dco = self.settings, self.dco
         assert settings.candidates is not None
         scored = read_scored(self.scored, chunk, settings.languages)
-        scores = scores_of({code: data.select(columns_of_convention("sum")) for code, data in scored.items()})
+        scores = scores_of(scored)
         seed = settings.seed + self.round_number - 1
         drawn = draw_pairs(scores, settings.candidates.pairs, dco, seed=seed)
         found = schema(Pair).empty_table()
         if len(drawn.question):
-            target = None
-            if dco is not None:
-                target = targets(scores, drawn, gammas(dco, settings.languages, settings.train.beta))
+            target = self.experts.targets(scores, scored, drawn) if self.experts is not None else None
             found = pair_tables(scored, drawn, target, scores, self.round_number)
         self.pairs.write(chunk, found)
         return Counter(pairs=len(found))

@@ -117,6 +117,7 @@ def candidate_sets(
         CandidateSet(
             question_id=question["question_id"],
             language=code,
+            subject=question["subject"],
             prompt=plain_prompt(tokenizer, messages[code]),
             prompt_token_ids=prompts[code],
             choices=[one.texts[code] for one, _ in kept],

@@ -8,12 +8,16 @@ from pydantic import model_validator
 
 from calm_ray.core.sections import Positive, Section
 
+AUTO = "auto"
+"""Chosen by the languages' agreement on the questions to train on."""
+
 
 class Anchor(Section):
     """A language that changes less than the others (DCO, section 6.4)."""
 
     language: str
-    """One of the run's `languages`."""
+    """One of the run's `languages`, or `auto` for the one that agrees most with the others on the questions to train
+    on."""
     strength: Positive
     """s: gamma is `train.beta` * s for languages following the anchor, `train.beta` / s for the anchor following them.
     Above 1 the anchor is stable; below 1 it adapts to the others."""
@@ -27,7 +31,14 @@ class Dco(Section):
     {en-fr: 0.1, fr-en: 10}, where "en-fr" is how strongly en follows fr. Missing entries default to `train.beta`; null
     uses it for all pairs, which makes the optimal policy consistent."""
     anchor: Anchor | None = None
-    """Derives gamma from one anchor language. Set either this or `gamma`."""
+    """Derives gamma from one anchor language. Set only one of this, `gamma` and `weights`."""
+    weights: Literal["equal", "auto"] | dict[str, Positive] | None = None
+    """Instead of gamma, fit every language to the same weighted mean of all languages' scores: `equal` weights, one per
+    language such as {en: 4, fr: 1}, or `auto`, the square of how far above one half a language's agreement with the
+    others lies. Unlike gamma, weights add up to 1, so that targets do not grow with the number of languages."""
+    fit: Literal["pairs", "options"] = "pairs"
+    """What training fits: margins of drawn pairs of candidates (`pairs`, Eq. 11 and 15), or the optimal policy's
+    distribution over all candidates of a question at once (`options`, not in the paper). Both have the same optimum."""
     languages: Literal["joint", "bilingual"] = "joint"
     """Compare each pair of candidates in all languages (`joint`, Eq. 15) or in two drawn by the seed (`bilingual`, the
     released code)."""
@@ -38,7 +49,15 @@ class Dco(Section):
     within 1 nat."""
 
     @model_validator(mode="after")
-    def _gamma_or_anchor(self) -> Dco:
-        if self.gamma is not None and self.anchor is not None:
-            raise ValueError("anchor: cannot be combined with gamma; set only one of them")
+    def _check_combinations(self) -> Dco:
+        given = [name for name in ("gamma", "anchor", "weights") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: cannot be combined with {given[0]}; set only one of them")
+        if self.languages == "bilingual":
+            if self.weights is not None:
+                raise ValueError("weights: requires languages: joint")
+            if self.fit == "options":
+                raise ValueError("fit: options requires languages: joint")
+        if self.fit == "options" and self.exclude_gold:
+            raise ValueError("exclude_gold: requires fit: pairs")
         return self

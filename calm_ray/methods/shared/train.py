@@ -92,7 +92,8 @@ class Train(Step):
     def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
         """Counts the prompt once per branch of an example."""
         examples = before[self.examples.name]
-        tokens = examples.rows * self.objective.sides * (sizes.prompt + examples.side)
+        branches = self.objective.sides or examples.branches
+        tokens = examples.rows * branches * (sizes.prompt + examples.side)
         reference = tokens if self.objective.needs_reference else 0
         return Work(rows=examples.rows, unit=examples.unit, trained=tokens, reference=reference)
 

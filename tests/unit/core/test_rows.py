@@ -27,7 +27,7 @@ def test_row_schemas_have_the_declared_fields_and_nullability() -> None:
     assert rows.schema(rows.Completion).field("answer").nullable
     assert not rows.schema(rows.Completion).field("text").nullable
     nullable = [field.name for field in rows.schema(rows.Scored) if field.nullable]
-    assert nullable == ["right", "prompt_logp"]
+    assert nullable == ["subject", "right", "prompt_logp"]
     assert rows.schema(rows.Scored).names[: len(rows.schema(rows.CandidateSet))] == rows.schema(rows.CandidateSet).names
 
 

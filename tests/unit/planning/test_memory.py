@@ -25,7 +25,7 @@ from calm_ray.planning.memory import (
     pack_tokens,
     worker_memory,
 )
-from calm_ray.planning.model_shape import WORLD_SHAPE, Shape, shape_of, shape_of_config, shape_of_folder, shape_of_name
+from calm_ray.planning.model_shape import DEMO_SHAPES, Shape, shape_of, shape_of_config, shape_of_folder, shape_of_name
 from calm_ray.recipes.load import load_config
 from calm_ray.training import attention
 
@@ -196,8 +196,13 @@ def test_every_expert_counts(tmp_path: Path, llama: Shape) -> None:
 
 def test_demo_has_the_shape_it_is_pretrained_with() -> None:
     made = (pretraining.WIDTH, pretraining.MLP, pretraining.LAYERS, pretraining.HEADS)
-    assert made == (WORLD_SHAPE.hidden, WORLD_SHAPE.intermediate, WORLD_SHAPE.layers, WORLD_SHAPE.heads)
-    assert shape_of("world") == WORLD_SHAPE
+    assert made == (
+        DEMO_SHAPES["world"].hidden,
+        DEMO_SHAPES["world"].intermediate,
+        DEMO_SHAPES["world"].layers,
+        DEMO_SHAPES["world"].heads,
+    )
+    assert shape_of("world") == DEMO_SHAPES["world"]
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,11 @@ def test_init_from_a_run_means_no_base_model_answers() -> None:
     [
         (["dco.gamma=2"], {"0/evaluate", "0/score", "0/changed"}),
         (["train.beta=0.5"], {"0/evaluate", "0/score", "0/changed"}),
-        (["dco.loss=huber"], {"0/evaluate", "0/score", "0/changed", "0/optimal", "1/pairs"}),
-        (["candidates.pairs=2"], {"0/evaluate", "0/score", "0/changed", "0/optimal"}),
+        (
+            ["dco.loss=huber"],
+            {"0/evaluate", "0/score", "0/changed", "0/audit", "0/optimal", "1/audit", "1/pairs"},
+        ),
+        (["candidates.pairs=2"], {"0/evaluate", "0/score", "0/changed", "0/audit", "0/optimal", "1/audit"}),
         (["preferences.ties=smallest", "sampling.temperature=0.5"], None),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -10,7 +10,7 @@ from factories import golden_metrics, scored_tables
 
 from calm_ray.evaluation.scores import scores_of
 from calm_ray.methods.dco.gamma import gammas, optimal_logps, target_margins
-from calm_ray.methods.dco.objective import dco_losses
+from calm_ray.methods.dco.objective import dco_losses, option_loss
 from calm_ray.methods.dco.pairs import draw_pairs, reference_margins, targets
 from calm_ray.methods.dco.settings import Anchor, Dco
 from calm_ray.training.losses import dpo_losses, sft_losses
@@ -132,6 +132,35 @@ def test_gradient_descent_on_dco_reaches_the_optimal_policy(settings: Dco, beta:
         losses.sum().backward()
         optimizer.step()
     assert losses.max() < 0.01
+    assert distance(logits, optimal) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Dco(),
+        Dco(anchor=Anchor(language="en", strength=3)),
+        Dco(weights="equal"),
+        Dco(weights={"en": 4, "fr": 1, "sw": 1}),
+    ],
+    ids=lambda value: value.model_dump_json(exclude_defaults=True),
+)
+def test_fitting_options_reaches_the_same_optimal_policy(settings: Dco) -> None:
+    languages, rng = ["en", "fr", "sw"], np.random.default_rng(0)
+    scores = scores_of(scored_tables({code: rng.normal(size=(3, 5)).tolist() for code in languages}))
+    optimal = torch.from_numpy(optimal_logps(scores.logps, gammas(settings, languages, 1.0), 1.0)).softmax(-1)
+    logits = torch.from_numpy(scores.logps.copy()).requires_grad_()
+    assert distance(logits, optimal) > 0.1
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-9)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = option_loss(logits, optimal).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert option_loss(logits, optimal).max() < 1e-6
     assert distance(logits, optimal) <= 1e-3
 
 

@@ -1,0 +1,192 @@
+"""AUDIT: says what the target is worth before anything is trained on it, and chooses what is `auto`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from calm_ray.core.console import console, say
+from calm_ray.core.errors import InputError
+from calm_ray.core.settings import RunSettings
+from calm_ray.evaluation.scores import Scores, Tables, chunk_names, read_scored, scores_of
+from calm_ray.methods.base import Entry, Step
+from calm_ray.methods.dco.audit import (
+    CALIBRATED,
+    PRODUCT,
+    RAW,
+    TARGET,
+    VOTE,
+    WITHOUT,
+    Report,
+    Worth,
+    agreement_of,
+    audit_report,
+    better_sources,
+    count_sources,
+    count_target,
+    target_report,
+)
+from calm_ray.methods.dco.calibration import COLUMNS, Means, calibrated, candidate_sums, mean_recurrence, means_of
+from calm_ray.methods.dco.experts import Experts
+from calm_ray.methods.dco.gamma import gammas
+from calm_ray.methods.dco.settings import Dco
+from calm_ray.methods.round import Round
+from calm_ray.methods.shared.scores import ReferenceScores
+from calm_ray.run.stage import Stage
+
+MEANS = "means.json"
+LEAST_RECURRENCE = 2.0
+"""Questions per candidate, in the mean, below which calibration would remove what there is to learn."""
+KEYS = ("candidates.calibrate", "dco.gamma", "dco.anchor", "dco.weights", "dco.languages", "train.beta")
+"""What the optimal policy depends on, besides the reference."""
+
+
+@dataclass(frozen=True)
+class AuditTarget(Step):
+    """Reports on the target; its record holds gamma and, with `candidates.calibrate`, the candidates' means."""
+
+    settings: RunSettings
+    scores: ReferenceScores
+    dco: Dco
+
+    name = "audit"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.scores.name,)
+
+    @property
+    def first_round(self) -> int:
+        return self.scores.first_round
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (*KEYS, "train.reference")
+
+    def make(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> None:
+        from calm_ray.cluster.over_chunks import sum_over_chunks
+
+        settings, (scored,) = self.settings, inputs
+        languages, chunks = settings.languages, chunk_names(scored)
+        counter = SourceCounter(scored, languages)
+        means = None
+        if not settings.samples_candidates:
+            means = self._means(sum_over_chunks(counter.count_candidates, chunks))
+        report = audit_report(sum_over_chunks(SourceCounter(scored, languages, means).count, chunks))
+        target: Worth | None = None
+        kind = CALIBRATED if self._calibrates else RAW
+        agreement = agreement_of(report, kind, languages) if report else None
+        gamma = gammas(self.dco, languages, settings.train.beta, agreement)
+        if report:
+            if self.dco.languages == "joint" or len(languages) == 2:  # else every pair of languages has its own target
+                experts = Experts(gamma, settings.train.beta, means if self._calibrates else None)
+                target = target_report(sum_over_chunks(TargetCounter(counter, experts).count, chunks), languages)
+            if round.number:
+                print_audit(report, target, languages)
+        files = []
+        if self._calibrates:
+            output.storage.write_json(MEANS, means or {})
+            files = [MEANS]
+        record = {"report": report, TARGET: target, "agreement": agreement, "gamma": gamma.tolist()}
+        output.finish(record, files)
+
+    @property
+    def _calibrates(self) -> bool:
+        return self.settings.candidates is not None and self.settings.candidates.calibrate
+
+    def _means(self, sums: Counter[str]) -> Means | None:
+        """Raises InputError if the run calibrates candidates that hardly recur."""
+        recurrence = mean_recurrence(sums)
+        if recurrence >= LEAST_RECURRENCE:
+            return means_of(sums)
+        if self._calibrates and sums:
+            raise InputError(
+                f"candidates.calibrate: a candidate stands in {recurrence:.1f} questions of its subject in the mean, "
+                f"but calibration needs {LEAST_RECURRENCE:.0f} or more; set it to false"
+            )
+        return None
+
+    def summary(self, record: Entry) -> Entry:
+        return {"audit": record} if record["report"] else {}
+
+
+def experts_of(audit: Stage, languages: Sequence[str], beta: float, *, calibrates: bool) -> Experts:
+    """Returns the experts that a finished audit chose."""
+    gamma = np.array(audit.record["gamma"]).reshape(len(languages), -1)
+    return Experts(gamma, beta, audit.storage.read_json(MEANS) if calibrates else None)
+
+
+@dataclass(frozen=True)
+class SourceCounter:
+    """Counts the sources of a chunk, raw and, with `means`, calibrated. Picklable."""
+
+    scored: Stage
+    languages: list[str]
+    means: Means | None = None
+
+    def read(self, chunk: str) -> tuple[Scores, Tables]:
+        scored = read_scored(self.scored, chunk, self.languages, COLUMNS)
+        return scores_of(scored), scored
+
+    def count_candidates(self, chunk: str) -> Counter[str]:
+        return candidate_sums(self.read(chunk)[1])
+
+    def count(self, chunk: str) -> Counter[str]:
+        scores, scored = self.read(chunk)
+        counts = count_sources(scores, RAW)
+        if self.means is not None:
+            # Not |, which would drop what was counted zero times.
+            counts = Counter({**counts, **count_sources(calibrated(scores, scored, self.means), CALIBRATED)})
+        return counts
+
+
+@dataclass(frozen=True)
+class TargetCounter:
+    """Counts the targets of a chunk. Picklable."""
+
+    counter: SourceCounter
+    experts: Experts
+
+    def count(self, chunk: str) -> Counter[str]:
+        scores, scored = self.counter.read(chunk)
+        return count_target(scores, self.experts.optimal(scores, scored))
+
+
+def print_audit(report: Report, target: Worth | None, languages: Sequence[str]) -> None:
+    """Prints a table of the target, the languages, their vote and product, and warns about a poor target."""
+    from rich.table import Table
+
+    table = Table(title="what the target is worth, on the questions to train on", title_justify="left")
+    for column in ("", "accuracy", "agreement", "confidence"):
+        table.add_column(column, justify="left" if not column else "right")
+    if target is not None:
+        table.add_row(TARGET, *_cells(target), style="bold")
+    for kind, sources in report.items():
+        for name in (*languages, VOTE, PRODUCT):
+            table.add_row(f"{name}, {kind}", *_cells(sources[name]))
+    console.print(table)
+    if target is not None and (better := better_sources(report, target, languages)):
+        kind, name, accuracy = better[0]
+        say(
+            f"  warning: the target is right in {target['accuracy']:.1%}, but {name} ({kind}) in {accuracy:.1%}. "
+            + advice(kind, name, languages)
+        )
+
+
+def advice(kind: str, name: str, languages: Sequence[str]) -> str:
+    """What to set so that the target becomes this source."""
+    calibrate = "candidates.calibrate=true" if kind == CALIBRATED else "candidates.calibrate=false"
+    if name in languages:
+        return f"Consider {calibrate} with dco.anchor.language={name}, or dco.weights=auto"
+    _, without, left_out = name.partition(WITHOUT)
+    weights = "dco.weights=equal" + (f" and leaving {left_out} out of languages" if without else "")
+    return f"Consider {calibrate} with {weights}"
+
+
+def _cells(worth: Worth) -> list[str]:
+    values: list[Any] = [worth["accuracy"], worth["agreement"], worth["confidence"]]
+    return ["-" if value is None else f"{100 * value:.1f}" for value in values]

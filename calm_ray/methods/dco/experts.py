@@ -1,0 +1,54 @@
+"""The optimal policy as a product of experts: every language's scores, calibrated or not, with an exponent each.
+
+Pure: L languages, Q questions, at most K candidates, P pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from calm_ray.evaluation.scores import Scores, Tables, columns_of_convention
+from calm_ray.methods.dco.calibration import COLUMNS, Means, calibrated
+from calm_ray.methods.dco.gamma import Floats, optimal_logps
+from calm_ray.methods.dco.pairs import DrawnPairs, reference_margins, targets
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What the optimal policy of a round multiplies. Picklable."""
+
+    gamma: Floats
+    """[L, L], see `calm_ray.methods.dco.gamma.gammas`."""
+    beta: float
+    means: Means | None = None
+    """With `candidates.calibrate`, what is subtracted from each candidate's log-probability."""
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of `Scored` that it needs."""
+        return columns_of_convention("sum") if self.means is None else COLUMNS
+
+    def of(self, scores: Scores, scored: Tables) -> Scores:
+        """The experts' log-probabilities; `scored` has the rows that `scores` were read from."""
+        return scores if self.means is None else calibrated(scores, scored, self.means)
+
+    def optimal(self, scores: Scores, scored: Tables) -> Floats:
+        """Returns the optimal policy's log-probabilities [L, Q, K], up to a constant per question (Eq. 10 and 16)."""
+        return optimal_logps(self.of(scores, scored).logps, self.gamma, self.beta)
+
+    def targets(self, scores: Scores, scored: Tables, drawn: DrawnPairs) -> Floats:
+        """Returns targets [P, L] for beta times each pair's margin: beta times that of the optimal policy less that of
+        the reference, which without calibration is Eq. 15."""
+        experts = self.of(scores, scored)
+        found = targets(experts, drawn, self.gamma)
+        if experts is not scores:
+            found += self.beta * (reference_margins(experts, drawn) - reference_margins(scores, drawn))
+        return found
+
+
+def probabilities(logps: Floats) -> Floats:
+    """Returns the distribution over each question's candidates, from log-probabilities [..., K] padded with -inf."""
+    exponentials = np.exp(logps - logps.max(axis=-1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
