@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calm_ray.core.console import say
-from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Question
-from calm_ray.core.safety import local_path
+from calm_ray.core.safety import new_folder
 from calm_ray.demo.atlas.questions import atlas_languages, build_atlas
 
 LICENSE = """\
@@ -21,9 +20,7 @@ Which territories have over a million people, and their capitals: GeoNames (http
 
 def write_atlas(out: str, seed: int, languages: Sequence[str] | None) -> None:
     """Writes align.jsonl, held_out.jsonl and LICENSE.txt into a new folder. Raises InputError."""
-    folder = local_path(out, "--out")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already exists; name a new folder")
+    folder = new_folder(out, "--out")
     chosen = list(languages or atlas_languages())
     atlas = build_atlas(seed, chosen)
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 from calm_ray.core.console import say
-from calm_ray.core.errors import InputError
-from calm_ray.core.safety import local_path
+from calm_ray.core.safety import new_folder
 from calm_ray.job.open_run import open_run
 from calm_ray.run.merging import merge
 from calm_ray.run.model_files import model_files, require_safetensors
@@ -15,9 +14,7 @@ from calm_ray.run.model_files import model_files, require_safetensors
 
 def export_policy(run: str, target: str, round_number: int | None) -> None:
     """Writes the policy of a round (default: the last) as a full model into a new folder."""
-    folder = local_path(target, "export")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already exists; name a new folder")
+    folder = new_folder(target, "export")
     opened = open_run(run)
     policy, model = opened.policy(round_number), opened.model()
     if policy.kind == "adapter":

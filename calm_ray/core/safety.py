@@ -146,6 +146,14 @@ def path_problem(place: str) -> str | None:
     return None
 
 
+def new_folder(place: str, field: str) -> Path:
+    """Like `local_path`, for a folder to be filled. Raises InputError also if there is a file or a non-empty folder."""
+    folder = local_path(place, field)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: already exists; name a new folder")
+    return folder
+
+
 def local_path(place: str, field: str) -> Path:
     """Returns the path that the user gave, with `~` expanded. Raises InputError if it is invalid or inaccessible."""
     problem, path = path_problem(place), Path()

@@ -31,10 +31,9 @@ def _world_languages() -> list[str]:
 def _world_questions(seed: int, languages: Sequence[str]) -> Questions:
     from calm_ray.demo.generator import build_world, world_questions
 
-    align, held_out = world_questions(build_world(seed))
-    return [row for row in align if row["language"] in languages], [
-        row for row in held_out if row["language"] in languages
-    ]
+    parts = world_questions(build_world(seed))
+    align, held_out = ([row for row in part if row["language"] in languages] for part in parts)
+    return align, held_out
 
 
 def _world_model(seed: int) -> tuple[Path, str]:

@@ -49,10 +49,14 @@ def rankc(first: Ints, second: Ints, counts: Ints, kind: Weights = "softmax") ->
     return values
 
 
+def probabilities(logps: Floats) -> Floats:
+    """Returns the distribution over candidates given by log-probabilities [..., K], which may be padded with -inf."""
+    weights = np.exp(logps - logps.max(axis=-1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
+
+
 def entropies(logps: Floats) -> Floats:
     """Returns the entropy [...] in nats of the distribution over candidates given by log-probabilities [..., K]."""
-    top = logps.max(axis=-1, keepdims=True)
-    weights = np.exp(logps - top)
-    probs = weights / weights.sum(axis=-1, keepdims=True)
+    probs = probabilities(logps)
     safe = np.where(probs > 0, probs, 1.0)
     return np.asarray(-(probs * np.log(safe)).sum(axis=-1))

@@ -14,8 +14,8 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from calm_ray.evaluation.ranking import probabilities
 from calm_ray.evaluation.scores import Scores
-from calm_ray.methods.dco.experts import probabilities
 from calm_ray.methods.dco.gamma import Floats
 
 RAW, CALIBRATED = "raw", "calibrated"

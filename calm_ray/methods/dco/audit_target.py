@@ -78,32 +78,28 @@ class AuditTarget(Step):
             means = self._means(sum_over_chunks(counter.count_candidates, chunks))
         report = audit_report(sum_over_chunks(SourceCounter(scored, languages, means).count, chunks))
         target: Worth | None = None
-        kind = CALIBRATED if self._calibrates else RAW
+        kind = CALIBRATED if calibrates(self.settings) else RAW
         agreement = agreement_of(report, kind, languages) if report else None
         gamma = gammas(self.dco, languages, settings.train.beta, agreement)
         if report:
             if self.dco.languages == "joint" or len(languages) == 2:  # else every pair of languages has its own target
-                experts = Experts(gamma, settings.train.beta, means if self._calibrates else None)
+                experts = Experts(gamma, settings.train.beta, means if calibrates(self.settings) else None)
                 target = target_report(sum_over_chunks(TargetCounter(counter, experts).count, chunks), languages)
             if round.number:
                 print_audit(report, target, languages)
         files = []
-        if self._calibrates:
+        if calibrates(self.settings):
             output.storage.write_json(MEANS, means or {})
             files = [MEANS]
         record = {"report": report, TARGET: target, "agreement": agreement, "gamma": gamma.tolist()}
         output.finish(record, files)
-
-    @property
-    def _calibrates(self) -> bool:
-        return self.settings.candidates is not None and self.settings.candidates.calibrate
 
     def _means(self, sums: Counter[str]) -> Means | None:
         """Raises InputError if the run calibrates candidates that hardly recur."""
         recurrence = mean_recurrence(sums)
         if recurrence >= LEAST_RECURRENCE:
             return means_of(sums)
-        if self._calibrates and sums:
+        if calibrates(self.settings) and sums:
             raise InputError(
                 f"candidates.calibrate: a candidate stands in {recurrence:.1f} questions of its subject in the mean, "
                 f"but calibration needs {LEAST_RECURRENCE:.0f} or more; set it to false"
@@ -114,10 +110,14 @@ class AuditTarget(Step):
         return {"audit": record} if record["report"] else {}
 
 
-def experts_of(audit: Stage, languages: Sequence[str], beta: float, *, calibrates: bool) -> Experts:
+def experts_of(audit: Stage, settings: RunSettings) -> Experts:
     """Returns the experts that a finished audit chose."""
-    gamma = np.array(audit.record["gamma"]).reshape(len(languages), -1)
-    return Experts(gamma, beta, audit.storage.read_json(MEANS) if calibrates else None)
+    means = audit.storage.read_json(MEANS) if calibrates(settings) else None
+    return Experts(np.array(audit.record["gamma"]), settings.train.beta, means)
+
+
+def calibrates(settings: RunSettings) -> bool:
+    return settings.candidates is not None and settings.candidates.calibrate
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from calm_ray.evaluation.scores import Scores, Tables, columns_of_convention
 from calm_ray.methods.dco.calibration import COLUMNS, Means, calibrated
 from calm_ray.methods.dco.gamma import Floats, optimal_logps
@@ -46,9 +44,3 @@ class Experts:
         if experts is not scores:
             found += self.beta * (reference_margins(experts, drawn) - reference_margins(scores, drawn))
         return found
-
-
-def probabilities(logps: Floats) -> Floats:
-    """Returns the distribution over each question's candidates, from log-probabilities [..., K] padded with -inf."""
-    exponentials = np.exp(logps - logps.max(axis=-1, keepdims=True))
-    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))

@@ -12,12 +12,13 @@ import pyarrow as pa
 from calm_ray.core.console import console
 from calm_ray.core.rows import OptionTargets, schema
 from calm_ray.core.settings import RunSettings
+from calm_ray.evaluation.ranking import probabilities
 from calm_ray.evaluation.scores import read_scored, scores_of
 from calm_ray.methods.base import ChunkJob, Column, DataStep, Entry
 from calm_ray.methods.dco.audit_target import KEYS, AuditTarget, experts_of
-from calm_ray.methods.dco.experts import Experts, probabilities
+from calm_ray.methods.dco.experts import Experts
 from calm_ray.methods.round import QuestionView, Round
-from calm_ray.methods.shared.scores import ReferenceScores, candidate_tokens
+from calm_ray.methods.shared.scores import ReferenceScores, candidate_count, candidate_tokens
 from calm_ray.methods.work import BYTES_PER_TOKEN, Sizes, Work
 from calm_ray.run.stage import Stage
 
@@ -41,10 +42,7 @@ class FitOptions(DataStep):
         return (*KEYS, "dco.fit", "train.reference")
 
     def job(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> ChunkJob:
-        settings = self.settings
-        calibrates = self.scores.candidates.calibrate
-        experts = experts_of(inputs[2], settings.languages, settings.train.beta, calibrates=calibrates)
-        return OptionJob(inputs[1], output, settings.languages, experts)
+        return OptionJob(inputs[1], output, self.settings.languages, experts_of(inputs[2], self.settings))
 
     def note(self, made: Counter[str]) -> str:
         return f"{made['options']} rows"
@@ -61,7 +59,7 @@ class FitOptions(DataStep):
     def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
         candidates = self.scores.candidates
         rows, side = sizes.questions * sizes.languages, candidate_tokens(candidates, sizes)
-        branches = candidates.max_candidates if candidates.form == "samples" else sizes.choices
+        branches = candidate_count(candidates, sizes)
         disk = rows * (sizes.prompt + branches * side) * BYTES_PER_TOKEN
         return Work(rows=rows, unit="questions", side=side, branches=branches, disk=disk)
 

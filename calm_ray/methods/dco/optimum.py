@@ -52,8 +52,7 @@ class Optimum(Step):
         record: Entry = {}
         stages = dict(zip(self.reads, inputs, strict=True))
         languages, beta = self.settings.languages, self.settings.train.beta
-        calibrates = self.audit.scores.candidates.calibrate
-        experts = experts_of(stages[self.audit.name], languages, beta, calibrates=calibrates)
+        experts = experts_of(stages[self.audit.name], self.settings)
         for scores, reference in self.scored:
             counter = ScoreCounter(stages[scores.name], languages, scores.candidates.score)
             optimum = OptimumCounter(counter, stages[reference.name], experts, beta)
@@ -64,8 +63,7 @@ class Optimum(Step):
 
     def gamma(self, run: RunDirectory, number: int) -> Floats:
         """Returns gamma [L, L] of a round whose optimum is known."""
-        audit, languages = run.stage(number, self.audit.name), self.settings.languages
-        return experts_of(audit, languages, self.settings.train.beta, calibrates=False).gamma
+        return experts_of(run.stage(number, self.audit.name), self.settings).gamma
 
     def summary(self, record: Entry) -> Entry:
         return {OPTIMAL: record} if record else {}

@@ -45,12 +45,8 @@ class PairCandidates(PairStep):
         return ("candidates.pairs", "train.reference", *(dco if self.dco is not None else ()))
 
     def job(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> ChunkJob:
-        settings = self.settings
-        experts = None
-        if self.dco is not None:
-            calibrates = self.scores.candidates.calibrate
-            experts = experts_of(inputs[2], settings.languages, settings.train.beta, calibrates=calibrates)
-        return PairJob(inputs[1], output, settings, self.dco, experts, round.number)
+        experts = experts_of(inputs[2], self.settings) if self.dco is not None else None
+        return PairJob(inputs[1], output, self.settings, self.dco, experts, round.number)
 
     def empty_reason(self, record: Entry) -> str:
         return "no pair could be drawn"

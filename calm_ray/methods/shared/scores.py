@@ -153,8 +153,12 @@ def scoring_tokens(candidates: Candidates, sizes: Sizes) -> int:
     """Tokens prefilled to score a question's candidates: letters take one request, others one per candidate."""
     if candidates.form == "letters":
         return sizes.prompt
-    count = candidates.max_candidates if candidates.form == "samples" else sizes.choices
-    return count * (sizes.prompt + candidate_tokens(candidates, sizes))
+    return candidate_count(candidates, sizes) * (sizes.prompt + candidate_tokens(candidates, sizes))
+
+
+def candidate_count(candidates: Candidates, sizes: Sizes) -> int:
+    """The most candidates that a question has."""
+    return candidates.max_candidates if candidates.form == "samples" else sizes.choices
 
 
 def candidate_tokens(candidates: Candidates, sizes: Sizes) -> int:

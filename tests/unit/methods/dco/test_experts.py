@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from factories import scored_tables
 
+from calm_ray.evaluation.ranking import probabilities
 from calm_ray.evaluation.scores import scores_of
 from calm_ray.methods.dco.calibration import candidate_sums, means_of
-from calm_ray.methods.dco.experts import Experts, probabilities
+from calm_ray.methods.dco.experts import Experts
 from calm_ray.methods.dco.gamma import RANK_ONE_TOLERANCE, distance_from_rank_one, exponents, gammas, weights_of
 from calm_ray.methods.dco.pairs import draw_pairs, reference_margins, targets
 from calm_ray.methods.dco.settings import Anchor, Dco
