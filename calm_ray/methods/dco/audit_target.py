@@ -181,7 +181,7 @@ def advice(kind: str, name: str, languages: Sequence[str]) -> str:
     """What to set so that the target becomes this source."""
     calibrate = "candidates.calibrate=true" if kind == CALIBRATED else "candidates.calibrate=false"
     if name in languages:
-        return f"Consider {calibrate} with dco.anchor.language={name}, or dco.weights=auto"
+        return f"Consider {calibrate} with 'dco.anchor={{language: {name}, strength: 10}}', or dco.weights=auto"
     _, without, left_out = name.partition(WITHOUT)
     weights = "dco.weights=equal" + (f" and leaving {left_out} out of languages" if without else "")
     return f"Consider {calibrate} with {weights}"
