@@ -72,7 +72,7 @@ def turn(pool: EnginePool, bare: Any, run: RunDirectory, number: int) -> float:
 def sample(pool: EnginePool, run: RunDirectory, output: Stage) -> None:
     questions = run.questions("align")
     work = Dispatcher([ChunkTask(questions, output, chunk, "en") for chunk in sorted(questions.chunks())], max_bad=0)
-    for _ in pool.run(Sample(DECODING, seed=0, round_number=1, instruction=False), work):
+    for _ in pool.run(Sample(DECODING, seed=0, round_number=1, prompt="choices"), work):
         pass
     output.finish({})
 
@@ -96,7 +96,7 @@ def bare_loop() -> type:
             from vllm.inputs import TokensPrompt
 
             tokenizer = self._llm.get_tokenizer()
-            prompts = [encode_prompt(tokenizer, prompt_text(row, False)) for row in chunk]
+            prompts = [encode_prompt(tokenizer, prompt_text(row, "choices")) for row in chunk]
             params = [
                 SamplingParams(
                     n=DECODING.samples,

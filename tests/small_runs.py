@@ -76,7 +76,7 @@ def make_recipe(
             "model": str(babbler),
             "device": "cpu",
             "questions": {"align": align, "evaluate": evaluate},
-            "sampling": {"max_new_tokens": 40, "instruction": False, "prompts_per_chunk": 8},
+            "sampling": {"max_new_tokens": 40, "prompt": "choices", "prompts_per_chunk": 8},
             "engines": {
                 "shared": 1, "cpus": 0.5, "dtype": "float32", "refresh": "merged",
                 # Too few tokens for all prompts of a chunk, so they are prefilled in several steps.

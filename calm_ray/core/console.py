@@ -26,10 +26,11 @@ class ProgressBar:
         self._done, self._note = 0, ""
         self._started = self._last_line = time.monotonic()
 
-    def set_total(self, total: int) -> None:
-        self._total = total
+    def begin(self, title: str, total: int | None = None) -> None:
+        """Counts from zero again, for another part of the step."""
+        self._title, self._total, self._done, self._note = title, total, 0, ""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, total=total)
+            self._bar.reset(self._task, description=title, total=total, note="")
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         self._done += count

@@ -26,6 +26,9 @@ def unknown_name(name: str, known: list[str]) -> str:
     return f"{name} is not known; {hint}"
 
 
+PromptForm = Literal["explain", "choices", "question"]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -92,8 +95,10 @@ class Sampling(Section):
     """Sample from the smallest set of tokens whose probability reaches this."""
     max_new_tokens: Count = 512
     """Maximum tokens of a completion, also for held-out questions. Longer ones are cut off."""
-    instruction: bool = True
-    """Ask for an explanation and a letter, in the question's language. Disable for models trained on bare questions."""
+    prompt: PromptForm = "explain"
+    """What prompts contain. `explain`: the question with its choices, after a request in its language to explain
+    and then give a letter. `choices`: only the question with its choices, for models trained on bare questions.
+    `question`: only the question, which the model answers in its own words (see `preferences.extraction`)."""
     prompts_per_chunk: Count = 256
     """Questions per chunk, the unit of work that is given to an engine and written at once."""
 
@@ -115,8 +120,9 @@ class Engines(Section):
     """Logical CPUs that Ray reserves per engine."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of the engines' weights and computation."""
-    refresh: Literal["adapter", "merged"] = "adapter"
-    """How running engines load a new policy: as a LoRA adapter, or as merged weights."""
+    refresh: Literal["auto", "adapter", "merged"] = "auto"
+    """How running engines load a new policy: as a LoRA adapter, or as merged weights. `auto` is `adapter` on GPUs, and
+    `merged` for full fine-tuning and on CPUs, where vLLM's LoRA layers are several times slower."""
     process: Literal["actor", "child"] = "actor"
     """Where vLLM's core runs: in the Ray actor's process, or in a child process, which is vLLM's default."""
     min_engines: Count = 1
@@ -131,6 +137,12 @@ class Engines(Section):
     """Abort the run when more prompts than this crash every engine. Up to that, such prompts are skipped and listed."""
     args: dict[str, Any] = {}
     """Extra arguments for `vllm.LLM`, passed unchanged."""
+
+    def uses_adapters(self, lora: Lora | None, device: str) -> bool:
+        """Whether engines load policies as adapters, not as merged weights."""
+        if self.refresh == "auto":
+            return lora is not None and device == "gpu"
+        return lora is not None and self.refresh == "adapter"
 
     def count(self, languages: list[str]) -> int:
         """Number of engines of a run in these languages."""

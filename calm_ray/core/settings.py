@@ -66,6 +66,11 @@ class RunSettings(Section):
         """Whether candidates are sampled from the policy, so that there are none before round 1."""
         return self.candidates is not None and self.candidates.form == "samples"
 
+    @property
+    def merges_adapters(self) -> bool:
+        """Whether engines load policies as weights that an adapter is merged into."""
+        return self.train.lora is not None and not self.engines.uses_adapters(self.train.lora, self.device)
+
     @model_validator(mode="after")
     def _check_locations(self) -> RunSettings:
         questions = self.questions
@@ -90,7 +95,7 @@ class RunSettings(Section):
             if len(set(codes)) < len(codes):
                 raise ValueError(f"{field}: contains a language twice")
         if self.train.lora is None and self.engines.refresh == "adapter":
-            raise ValueError("engines.refresh: full fine-tuning (train.lora: null) has no adapter; set it to merged")
+            raise ValueError("engines.refresh: full fine-tuning (train.lora: null) has no adapter; set it to auto")
         if self.questions.split and self.questions.evaluate:
             raise ValueError("questions.split: already holds out part of align; remove it or questions.evaluate")
         self._check_workers()

@@ -13,7 +13,7 @@ from calm_ray.prompts.questions import prompt_text
 def written_candidates(seed: int, question: Question) -> Asked:
     """The full text of each answer in the world with this seed."""
     texts = _world(seed).answers(question)
-    return Asked(prompt_text(question, instruction=False), texts, texts)
+    return Asked(prompt_text(question, "choices"), texts, texts)
 
 
 @cache

@@ -122,7 +122,7 @@ class Reader:
         habit = self.world.habitual_option(topic, options, code)
         if habitual and habit is not None and self.rng.random() < self.world.barriers[code, topic].strength:
             answer = habit
-        prompt = self.encode(prompt_text(self.world.question(town, topic, options, code), instruction=False))
+        prompt = self.encode(prompt_text(self.world.question(town, topic, options, code), "choices"))
         completion = self.encode(self.world.answer(town, topic, answer, options, code))
         value = self.encode(self.world.statement(town, topic, answer, code))[-2]
         content = {value, self._name_token(town, code)}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from calm_ray.core.rows import CandidateSet, Completion, Prediction, Question, Scored
+from calm_ray.core.sections import PromptForm
 from calm_ray.core.seeds import derive_seed
 from calm_ray.engines.generator import Decoding, Generated, Generator
 from calm_ray.prompts.candidates import CandidateForm
@@ -52,14 +53,14 @@ class Sample(ChunkRequest[Question, Completion]):
     seed: int
     """Each question's seed is a hash of (seed, round, question, language), so any engine may serve it."""
     round_number: int
-    instruction: bool = True
+    prompt: PromptForm = "explain"
     extraction: str = "strict"
     """How answers are extracted (`calm_ray.prompts.extraction.EXTRACTORS`)."""
 
     def serve(
         self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()
     ) -> Served[Completion]:
-        prompts = [encode_prompt(generator.tokenizer, prompt_text(row, self.instruction)) for row in rows]
+        prompts = [encode_prompt(generator.tokenizer, prompt_text(row, self.prompt)) for row in rows]
         seeds = [derive_seed(self.seed, self.round_number, row["question_id"], row["language"]) for row in rows]
         completions: list[Completion] = []
         for question, prompt, generated in zip(
@@ -95,13 +96,13 @@ class Answer(ChunkRequest[Question, Prediction]):
     """Answers each question greedily."""
 
     max_new_tokens: int
-    instruction: bool = True
+    prompt: PromptForm = "explain"
     extraction: str = "strict"
 
     def serve(
         self, generator: Generator, rows: Sequence[Question], skipped: Sequence[Question] = ()
     ) -> Served[Prediction]:
-        sample = Sample(_greedy(self.max_new_tokens), 0, 0, self.instruction, self.extraction)
+        sample = Sample(_greedy(self.max_new_tokens), 0, 0, self.prompt, self.extraction)
         predictions = [
             Prediction(
                 question_id=row["question_id"],

@@ -23,6 +23,10 @@ class EngineSpec:
     """Shares its GPUs with training workers and sleeps while they work."""
 
     @property
+    def uses_adapters(self) -> bool:
+        return self.engines.uses_adapters(self.lora, self.device)
+
+    @property
     def gpu_fraction(self) -> float:
         """Fraction of each GPU to reserve in Ray: more than half, so that no two engines share one."""
         return ENGINE_GPU_FRACTION if self.is_colocated else 1.0

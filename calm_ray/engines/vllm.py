@@ -56,7 +56,7 @@ class VLLMGenerator:
         """Loads a policy into the running engine, as an adapter or as merged weights, and drops older local copies."""
         if policy.name == self.policy:
             return
-        if self._spec.engines.refresh == "adapter":
+        if self._spec.uses_adapters:
             self._swap_adapter(policy)
         else:
             self._reload_weights(policy)
@@ -211,7 +211,7 @@ def engine_args(spec: EngineSpec, folder: Path) -> dict[str, Any]:
         args["enable_sleep_mode"] = True
     if spec.engines.tensor_parallel_size > 1:
         args["distributed_executor_backend"] = "ray"  # uses this actor's placement group
-    if spec.lora is not None and spec.engines.refresh == "adapter":
+    if spec.lora is not None and spec.uses_adapters:
         args |= {"enable_lora": True, "max_lora_rank": spec.lora.r, "max_loras": 1, "max_cpu_loras": 2}
         # Wraps only the layers that the run's adapters change. This also avoids vLLM 0.32's LoRA layer for the LM head,
         # which scores prompts as if each were one token.

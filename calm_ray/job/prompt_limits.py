@@ -62,6 +62,6 @@ def too_long(folder: Path, questions: list[Question], config: Config) -> Iterato
         return
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for row in questions:
-        length = len(encode_prompt(tokenizer, prompt_text(row, config.sampling.instruction)))
+        length = len(encode_prompt(tokenizer, prompt_text(row, config.sampling.prompt)))
         if length >= limit:
             yield row, length, limit

@@ -209,6 +209,9 @@ class DataStep(Step):
     def record(self, counts: Counter[str]) -> Entry:
         """The folder's record, from the counts over all chunks."""
 
+    def announce(self, record: Entry) -> None:
+        """Prints what to know about the record before the run goes on."""
+
     def make(self, round: Round, output: Stage, inputs: Sequence[Stage]) -> None:
         from calm_ray.cluster.over_chunks import over_chunks, sum_over_chunks
         from calm_ray.core.console import progress_bar
@@ -224,6 +227,7 @@ class DataStep(Step):
                 made.update(counts)
                 progress.advance(note=self.note(made))
             record = self.record(sum_over_chunks(job.count, sorted(chunks)))
+        self.announce(record)
         for stage in others:
             stage.finish({})
         output.finish({**record, "seconds": time.monotonic() - started})

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from calm_ray.prompts.answers import extract_answer
+from calm_ray.prompts.option_text import named_choice
 from calm_ray.prompts.questions import LETTERS
 from calm_ray.prompts.released import RELEASED_LETTERS, released_answers
 
@@ -42,9 +43,15 @@ def _released(texts: pa.Array, language: str, choices: Callable[[int], Sequence[
     return pc.fill_null(answers, NO_ANSWER).to_numpy().astype(np.int64)
 
 
+def _option_text(texts: pa.Array, language: str, choices: Callable[[int], Sequence[str]]) -> Ints:
+    named = [named_choice(text, language, choices(row)) for row, text in enumerate(texts.to_pylist())]
+    return np.array([NO_ANSWER if index is None else index for index in named], dtype=np.int64)
+
+
 EXTRACTORS: dict[str, Callable[[pa.Array, str, Callable[[int], Sequence[str]]], Ints]] = {
     "strict": _strict,
     "released": _released,
+    "option_text": _option_text,
 }
 """By value of `preferences.extraction`: (texts [n], their language, row -> its question's choices) -> indices [n].
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from calm_ray.core.languages import LANGUAGES
 from calm_ray.core.rows import Question
+from calm_ray.core.sections import PromptForm
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -20,19 +21,20 @@ def question_text(question: Question) -> str:
     return "\n".join(lines)
 
 
-def prompt_text(question: Question, instruction: bool) -> str:
-    """Returns the question as a user message.
+def prompt_text(question: Question, form: PromptForm) -> str:
+    """Returns the question as a user message, in a form of `sampling.prompt`.
 
-    `instruction` puts a request in the question's language before it: explain first, then give one letter. Omit it for
-    models trained on bare questions (the demo's); questions without choices never get it.
+    Questions without choices are never asked for a letter.
     """
+    if form == "question":
+        return question["text"]
     text = question_text(question)
-    if not instruction or not question["choices"]:
+    if form == "choices" or not question["choices"]:
         return text + "\n"
     language = LANGUAGES[question["language"]]
     choices = ", ".join(letters(question))
-    form = completion_text(question["language"], "...", f"<{choices}>")
-    return f"{language.instruction.format(letters=choices)}\n{form}\n\n{text}\n"
+    requested = completion_text(question["language"], "...", f"<{choices}>")
+    return f"{language.instruction.format(letters=choices)}\n{requested}\n\n{text}\n"
 
 
 def completion_text(language: str, explanation: str, answer: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -23,13 +23,14 @@ from calm_ray.training.job import TrainJob
 from calm_ray.training.model import PolicyModel
 from calm_ray.training.objectives import Measured
 from calm_ray.training.reference import Logps, Portion, reference_once, rows_of_batch
+from calm_ray.training.reports import NOTICED, REFERENCE, RESUMED, Report, Row
 from calm_ray.training.schedule import learning_rate_factor
 from calm_ray.training.trees import Tree, read_trees
 
 TRAINING, VALIDATION = "train", "validation"
 """Prefixes of metric names."""
-Report = Callable[[dict[str, Any]], None]
-"""Receives rows of metrics and events; called on rank 0 only."""
+PROGRESS_SECONDS = 1.0
+"""How often the progress of reference log-probabilities is reported."""
 
 
 def train_policy(
@@ -125,7 +126,7 @@ class Trainer:
                 if is_preempted or is_due or step % train.checkpoint_steps == 0:
                     self.save(optimizer, Position(step, epoch, batch + 1), len(training))
                 if is_preempted:
-                    self.report_event(noticed=step)
+                    self.report_event({NOTICED: step})
             self.record_watch(TRAINING, step=step, epoch=epoch)
             if validation:
                 self.note(step=step, epoch=epoch, **self.metrics_of(self.evaluate(validation), VALIDATION))
@@ -176,10 +177,10 @@ class Trainer:
             self.metrics = found.state["metrics"]
             for line in self.metrics:
                 self.report(line)
-        self.report_event(resumed=found.step)
+        self.report_event({RESUMED: found.step})
         return Position(**found.state["position"])
 
-    def report_event(self, **row: Any) -> None:
+    def report_event(self, row: Row) -> None:
         """Reports an event on rank 0. Unlike metrics, events are not stored."""
         if self.rank == 0:
             self.report({"round": self.job.round_number, **row})
@@ -249,10 +250,17 @@ class Trainer:
     def _own_logps(self, portions: Sequence[Portion]) -> Iterator[list[ReferenceLogps]]:
         """Computes this worker's share of each portion's log-probabilities."""
         self.policy_model.load(self.job.reference, self.job.seed)
+        total, done, last = sum(map(len, portions)), 0, time.monotonic()
+        self.report_event({REFERENCE: 0, "total": total})
         with self.policy_model.without_adapter() if self.job.reference.kind == "base" else nullcontext():
             for trees in portions:
                 rows: list[ReferenceLogps] = []
                 for part in self.packs(trees):
                     batch = pack(part or [trees[0]]).to(self.policy_model.device)
                     rows += rows_of_batch(part, self.policy_model.logps(batch), self.job.reference)
+                    if time.monotonic() - last > PROGRESS_SECONDS:
+                        last = time.monotonic()
+                        self.report_event({REFERENCE: min(done + len(rows) * self.world, total), "total": total})
+                done += len(trees)
                 yield rows
+        self.report_event({REFERENCE: total, "total": total})

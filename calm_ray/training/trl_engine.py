@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from trl import DPOConfig, DPOTrainer
 
 from calm_ray.run.policies import Policy, publish
 from calm_ray.training.job import TrainJob
-from calm_ray.training.loop import Report, Trainer, read_examples
+from calm_ray.training.loop import Trainer, read_examples
 from calm_ray.training.model import PolicyModel, fresh_lora, lora_config
 from calm_ray.training.reference import Logps
+from calm_ray.training.reports import Report, Row
 from calm_ray.training.trees import Tree
 
 
@@ -40,8 +40,8 @@ class PairTrainer(DPOTrainer):
 def train_with_trl(job: TrainJob, device: torch.device, report: Report) -> Policy:
     """Trains one round with TRL; writes the same files as `train_policy`. Collective: call on all ranks."""
     training, validation, too_long = read_examples(job)
-    ref_logps = _reference_logps(job, device, training + validation)
-    metrics: list[dict[str, Any]] = []
+    ref_logps = _reference_logps(job, device, training + validation, report)
+    metrics: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         trainer = PairTrainer(
             model=_start_model(job),
@@ -56,10 +56,10 @@ def train_with_trl(job: TrainJob, device: torch.device, report: Report) -> Polic
         return _publish(job, Path(scratch), metrics)
 
 
-def _reference_logps(job: TrainJob, device: torch.device, examples: list[Tree]) -> Logps:
+def _reference_logps(job: TrainJob, device: torch.device, examples: list[Tree], report: Report) -> Logps:
     """Uses calm_ray's own model, so that `train.reference` means the same for both engines."""
     model = PolicyModel(job.model.local_folder(), job.train, device)
-    return Trainer(job, model, lambda row: None).reference_logps(examples)
+    return Trainer(job, model, report).reference_logps(examples)
 
 
 def _start_model(job: TrainJob) -> nn.Module:
@@ -134,8 +134,8 @@ class _Metrics(TrainerCallback):
         self,
         round_number: int,
         too_long: int,
-        rows: list[dict[str, Any]],
-        report: Callable[[dict[str, Any]], None],
+        rows: list[Row],
+        report: Report,
     ) -> None:
         self._round, self._too_long, self._rows, self._report = round_number, too_long, rows, report
 
@@ -146,14 +146,14 @@ class _Metrics(TrainerCallback):
         names = {"loss": "train/loss", "eval_loss": "validation/loss", "learning_rate": "learning_rate"}
         self._note(state, {"step": state.global_step} | {names.get(k, f"trl/{k}"): v for k, v in (logs or {}).items()})
 
-    def _note(self, state: Any, row: dict[str, Any]) -> None:
+    def _note(self, state: Any, row: Row) -> None:
         if state.is_world_process_zero:
             line = {"round": self._round, **row}
             self._rows.append(line)
             self._report(line)
 
 
-def _publish(job: TrainJob, saved: Path, metrics: list[dict[str, Any]]) -> Policy:
+def _publish(job: TrainJob, saved: Path, metrics: list[Row]) -> Policy:
     """Publishes the model that TRL saved, without its pickled arguments."""
     published: list[Policy | None] = [None]
     if dist.get_rank() == 0:

@@ -28,6 +28,7 @@ from calm_ray.run.policies import Policy
 from calm_ray.run.storage import Storage
 from calm_ray.training import checkpoint
 from calm_ray.training.job import TrainJob
+from calm_ray.training.reports import LOST, STARTED, Report, Row, describe, is_event
 
 RESIZE_SECONDS = 60.0
 """How often Ray Train checks whether to add or remove workers.
@@ -35,7 +36,7 @@ RESIZE_SECONDS = 60.0
 A resize restarts all of them from the last checkpoint, so elastic training writes one twice as often.
 """
 
-Line = tuple[int | None, dict[str, Any]]
+Line = tuple[int | None, Row]
 """A row and its number: for metrics the same in every attempt, for events None."""
 
 
@@ -64,16 +65,14 @@ class WorkerFailures(UserCallback):
             if isinstance(error, CalmRayError):
                 raise error
         why = str(next(iter(worker_exceptions.values()))).strip().splitlines()
-        self._queue.put.remote((None, {"lost": sorted(worker_exceptions), "why": why[0] if why else "no reason given"}))
+        self._queue.put.remote((None, {LOST: sorted(worker_exceptions), "why": why[0] if why else "no reason given"}))
 
 
-def train_round(
-    job: TrainJob, device: str, report: Callable[[dict[str, Any]], None], gpus_per_worker: float = 1.0
-) -> Policy:
+def train_round(job: TrainJob, device: str, report: Report, gpus_per_worker: float = 1.0) -> Policy:
     """Trains one round on `train.workers` Ray Train workers; calls `report` on the driver with every row of metrics.
 
-    Each row is reported once, no matter how often workers are lost, interleaved with events: `lost` (workers),
-    `noticed` and `resumed` (steps). Resumes from the checkpoints of an earlier attempt, and deletes them at the end.
+    Each row is reported once, no matter how often workers are lost, interleaved with events (`training.reports`).
+    Resumes from the checkpoints of an earlier attempt, and deletes them at the end.
 
     Tolerates `train.max_failures` losses of workers without a new checkpoint in between.
 
@@ -155,7 +154,7 @@ def _calm_ray_error(error: TrainingFailedError) -> CalmRayError | None:
     return failure if isinstance(failure, CalmRayError) else None
 
 
-def _fit(fit: Callable[[], None], queue: Any, report: Callable[[dict[str, Any]], None], demand: str) -> None:
+def _fit(fit: Callable[[], None], queue: Any, report: Report, demand: str) -> None:
     done = threading.Event()
     reporter = threading.Thread(target=_report_until, args=(done, queue, report, demand), daemon=True)
     reporter.start()
@@ -179,7 +178,7 @@ def _demand(scaling: ScalingConfig) -> str:
     return f"{count} needed, each with {each}"
 
 
-def _report_until(done: threading.Event, queue: Any, report: Callable[[dict[str, Any]], None], demand: str) -> None:
+def _report_until(done: threading.Event, queue: Any, report: Report, demand: str) -> None:
     """Passes rows on every second and once more at the end; logs when training is waiting for workers."""
     next_number, event = 0, None
     is_waiting, last_sign = True, time.monotonic()
@@ -188,16 +187,14 @@ def _report_until(done: threading.Event, queue: Any, report: Callable[[dict[str,
         is_last = done.wait(timeout=1.0)
         for number, row in _take(queue):
             last_sign = time.monotonic()
+            is_waiting = LOST in row
             if number is None:
-                is_waiting = "resumed" not in row
                 if row != event:
                     event = row
-                    say(_describe(row))
+                    if line := describe(row):
+                        say(line)
                     report(row)
-                continue
-            # Restarted workers report every row from the first.
-            is_waiting = is_waiting and number > 0
-            if number >= next_number:
+            elif number >= next_number:  # restarted workers report every row from the first
                 next_number = number + 1
                 report(row)
         if is_waiting and time.monotonic() - last_sign > WAIT_SECONDS:
@@ -211,15 +208,6 @@ def _take(queue: Any) -> list[Line]:
         return ray.get(queue.take.remote())
     except RayError:
         return []
-
-
-def _describe(row: dict[str, Any]) -> str:
-    """Log line for an event."""
-    if "resumed" in row:
-        return f"  training resumes from step {row['resumed']}"
-    if "noticed" in row:
-        return f"  a node is about to be preempted; training saved a checkpoint at step {row['noticed']}"
-    return f"  training lost worker {', '.join(map(str, row['lost']))}: {row['why']}"
 
 
 def _free_slots() -> str:
@@ -267,10 +255,11 @@ def _train(config: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     numbers = itertools.count()
 
-    def report(row: dict[str, Any]) -> None:
-        is_event = "resumed" in row or "noticed" in row
-        queue.put.remote((None if is_event else next(numbers), row))
+    def report(row: Row) -> None:
+        queue.put.remote((None if is_event(row) else next(numbers), row))
 
+    if context.get_world_rank() == 0:
+        report({STARTED: context.get_world_size()})
     if job.train.engine == "trl":
         from calm_ray.training.trl_engine import train_with_trl
 

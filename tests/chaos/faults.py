@@ -77,6 +77,6 @@ def sample_all(pool: EnginePool, run: RunDirectory, output: Stage) -> Iterator[C
     ]
     decoding = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=40)
     work = Dispatcher(tasks, max_bad=0)
-    for task, _ in pool.run(Sample(decoding, seed=0, round_number=1, instruction=False), work):
+    for task, _ in pool.run(Sample(decoding, seed=0, round_number=1, prompt="choices"), work):
         yield task
     assert work.bad == []

@@ -34,7 +34,7 @@ def poison(cache: Path, babbler: Path) -> Iterator[Callable[..., None]]:
 
     def write(*questions: Question, how: str, once: Path | None = None) -> None:
         poisons = [
-            {"start": encode_prompt(tokenizer, prompt_text(one, False)), "how": how, "once": once and str(once)}
+            {"start": encode_prompt(tokenizer, prompt_text(one, "choices")), "how": how, "once": once and str(once)}
             for one in questions
         ]
         poison_file().write_text(json.dumps(poisons))

@@ -66,7 +66,7 @@ def recipe(folder: Path) -> Callable[..., Config]:
             "device": "cpu",
             "questions": questions,
             "candidates": {"form": "choices", "pairs": PAIRS},
-            "sampling": {"max_new_tokens": 6, "instruction": False, "prompts_per_chunk": 5},
+            "sampling": {"max_new_tokens": 6, "prompt": "choices", "prompts_per_chunk": 5},
             "engines": {"shared": 1, "cpus": 0.5, "dtype": "float32", "args": {"max_model_len": 128}},
             "train": {
                 "beta": BETA, "learning_rate": 3e-3, "epochs": 10, "batch_pairs": 1000, "dtype": "float32",

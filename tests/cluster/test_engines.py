@@ -68,7 +68,7 @@ def sample(pool: EnginePool, run: RunDirectory, output: Stage, seed: int = 0) ->
         for code in LANGUAGES
     ]
     decoding = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=40)
-    for _ in pool.run(Sample(decoding, seed, round_number=1, instruction=False), Dispatcher(tasks, max_bad=0)):
+    for _ in pool.run(Sample(decoding, seed, round_number=1, prompt="choices"), Dispatcher(tasks, max_bad=0)):
         pass
     return rows_of(output.read())
 
@@ -299,7 +299,7 @@ def scoring_engine() -> type[EngineActor]:
 
 def prompt_and_answer(model: Path, question: Question) -> list[int]:
     """Token ids of a question and the model's greedy answer to it."""
-    prompt = AutoTokenizer.from_pretrained(model)(prompt_text(question, False), return_tensors="pt")
+    prompt = AutoTokenizer.from_pretrained(model)(prompt_text(question, "choices"), return_tensors="pt")
     language_model: Any = AutoModelForCausalLM.from_pretrained(model)
     return language_model.generate(**prompt, max_new_tokens=40, do_sample=False)[0].tolist()
 

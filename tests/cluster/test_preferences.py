@@ -93,7 +93,7 @@ def make_job(folder: Path, model: Path, questions: list[Question], **changes: An
             for question in rows_of(job.questions.read_chunk(chunk)):
                 if question["language"] == language:
                     rng = random.Random(question["question_id"] + language)
-                    prompt = encode_prompt(tokenizer, prompt_text(question, False))
+                    prompt = encode_prompt(tokenizer, prompt_text(question, "choices"))
                     rows += [completion(world, question, n, rng.choice("AAB"), prompt) for n in range(3)]
             job.completions.write(f"{chunk}-{language}", table(Completion, rows))
     return replace(job, **changes)
@@ -117,7 +117,7 @@ def test_pipeline_matches_the_pure_functions(tmp_path: Path, model: Path, questi
         votes += vote_rows(ballots, election)
         drafts = draft_pairs(rows, ballots, election, job.preferences, 0)
         texts = translate_winners(drafts, lookup, WorldTranslator(build_world(100)))
-        pairs += finish_pairs(drafts, texts, lookup, build_tokenizer(build_world(100)), False, 1)
+        pairs += finish_pairs(drafts, texts, lookup, build_tokenizer(build_world(100)), "choices", 1)
 
     def by_id(rows: list[Any]) -> list[Any]:
         return sorted(rows, key=lambda row: (row["question_id"], row.get("pair", 0)))

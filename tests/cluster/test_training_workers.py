@@ -22,6 +22,7 @@ from calm_ray.run.policies import Policy, RunModel
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
+from calm_ray.training import workers
 from calm_ray.training.job import TrainJob
 from calm_ray.training.objectives import DPO, SFT, Objective
 from calm_ray.training.workers import train_round
@@ -48,12 +49,24 @@ def train(
     **changes: Any,
 ) -> tuple[Policy, list[dict[str, Any]]]:  # fmt: skip
     """Trains one round; returns its policy and the metrics reported to the driver."""
+    metrics: list[dict[str, Any]] = []
+    return train_round(train_job(model, pairs, output, start, objective, **changes), "cpu", metrics.append), metrics
+
+
+def train_job(
+    model: Path,
+    pairs: Stage,
+    output: Path,
+    start: Policy | None = None,
+    objective: Objective | None = None,
+    **changes: Any,
+) -> TrainJob:  # fmt: skip
     settings = {
         "learning_rate": 1e-2, "warmup_ratio": 0.1, "epochs": 2, "batch_pairs": 8, "dtype": "float32",
         "cpus_per_worker": 0.5, "validation_fraction": 0.1, "pack_tokens": 200, **changes,
     }  # fmt: skip
     stage = Stage(Storage(str(output)))
-    job = TrainJob(
+    return TrainJob(
         pairs,
         stage,
         RunModel(str(model)),
@@ -64,8 +77,6 @@ def train(
         0,
         1 if start is None else 2,
     )
-    metrics: list[dict[str, Any]] = []
-    return train_round(job, "cpu", metrics.append), metrics
 
 
 def losses(metrics: list[dict[str, Any]]) -> list[float]:
@@ -128,6 +139,24 @@ def test_trl_computes_the_expected_losses(model: Path, pairs: Stage, tmp_path: P
     files = {file.name for file in policy.local_folder().iterdir()}
     assert files >= {"adapter_model.safetensors", "adapter_config.json"}
     assert not any(name.endswith(".bin") for name in files)
+
+
+@pytest.mark.slow
+def test_waiting_is_logged_only_until_workers_run(
+    model: Path, pairs: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One log of lines and rows, in order. Reports are taken once a second, so nearly every time is a wait."""
+    log: list[Any] = []
+    monkeypatch.setattr(workers, "say", log.append)
+    monkeypatch.setattr(workers, "WAIT_SECONDS", 0.1)
+    job = train_job(model, pairs, tmp_path / "run", workers=2)
+    train_round(job, "cpu", log.append)
+    started = log.index({"started": 2})
+    assert any("waiting for training workers to start: 2 needed" in line for line in log[:started])
+    assert all(isinstance(row, dict) for row in log[started:])
+    rows = log[started:]
+    assert [row["reference"] for row in rows if "reference" in row][-1] == 48
+    assert len(losses(rows)) > 0
 
 
 @pytest.mark.slow

@@ -32,7 +32,6 @@ def test_overrides_are_parsed_with_their_types() -> None:
         ("languages=[en, en]", "contains a language twice"),
         ("engines.shared=1", "set exactly one of engines.per_language and engines.shared"),
         ("engines.args.trust_remote_code=true", "engines.args may not set trust_remote_code"),
-        ("train.lora=null", "engines.refresh"),
         ("name=../elsewhere", "name:"),
         ("train={engine: trl, workers: 3, batch_pairs: 8}", "train.batch_pairs: with train.engine: trl"),
         ("train={engine: trl, trl: {per_device_train_batch_size: 0}}", "train.batch_pairs: with train.engine: trl"),
@@ -56,6 +55,35 @@ def test_all_mistakes_are_reported_at_once() -> None:
         load_config(None, ["rouds=2", "train.epochs=0"])
     assert "rouds" in str(raised.value)
     assert "train.epochs" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "uses_adapters"),
+    [(["device=gpu"], True), (["device=cpu"], False), (["device=gpu", "train.lora=null"], False),
+     (["device=cpu", "engines.refresh=adapter"], True), (["device=gpu", "engines.refresh=merged"], False)],
+)  # fmt: skip
+def test_engines_use_adapters_where_they_are_fast(overrides: list[str], uses_adapters: bool) -> None:
+    config = load_config("demo", overrides)
+    assert config.engines.uses_adapters(config.train.lora, config.device) == uses_adapters
+    assert config.merges_adapters == (config.train.lora is not None and not uses_adapters)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sampling.prompt=question"], r"sampling\.prompt: question does not show the letters"),
+        (["preferences={translator: option_text}"], r"translator: option_text requires extraction: option_text"),
+    ],
+)
+def test_answers_in_own_words_are_read_by_choice(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config("demo", overrides)
+    load_config("demo", [*overrides, "preferences.extraction=option_text"])
+
+
+def test_full_fine_tuning_has_no_adapters() -> None:
+    with pytest.raises(InputError, match=r"engines\.refresh: full fine-tuning"):
+        load_config("demo", ["train.lora=null", "engines.refresh=adapter"])
 
 
 def test_defaults_match_the_paper(tmp_path: Path) -> None:

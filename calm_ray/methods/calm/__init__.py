@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from calm_ray.core.sections import WORLD
 from calm_ray.core.settings import RunSettings
 from calm_ray.methods.base import Evaluation, Method, Step
-from calm_ray.methods.calm.settings import Preferences
+from calm_ray.methods.calm.settings import OPTION_TEXT, Preferences
 
 if TYPE_CHECKING:
     from calm_ray.training.objectives import Objective
@@ -63,6 +63,11 @@ def check_preferences(run: RunSettings, own: Preferences, *, needs_gold: bool) -
         raise ValueError("preferences.winner: must be gold with method: dpo_gold or sft_gold, and only with these")
     if own.translator == WORLD and run.model != WORLD:
         raise ValueError("preferences.translator: only the demo world can use world; set it to model")
+    if run.sampling.prompt == "question" and own.extraction != OPTION_TEXT:
+        raise ValueError(
+            f"sampling.prompt: question does not show the letters; set preferences.extraction to {OPTION_TEXT}, or "
+            "sampling.prompt to explain"
+        )
 
 
 CALM = Calm()

@@ -24,7 +24,7 @@ from calm_ray.core.errors import InputError
 from calm_ray.methods.calm.from_columns import PAIRS, make_pairs
 from calm_ray.methods.calm.import_completions import Imported, open_completions
 from calm_ray.methods.calm.recorded import RecordedChunks
-from calm_ray.methods.calm.settings import Preferences
+from calm_ray.methods.calm.settings import OPTION_TEXT, Preferences
 from calm_ray.methods.calm.vote_report import sample_report
 from calm_ray.questions.parallel import BAD_ROWS, as_lines
 from calm_ray.questions.reader import OnBadRow
@@ -124,6 +124,8 @@ def write_pairs(
     Rows skipped with `on_bad_row="skip"` are listed in `bad_rows.jsonl`. See `open_completions` for `sources` and
     `questions`. Raises InputError for bad input, or if `out` already holds pairs.
     """
+    if preferences.extraction == OPTION_TEXT:
+        raise InputError("extraction: option_text is for runs and `calm-ray stats`; pairs on disk end with a letter")
     folder = Path(out).expanduser()
     if (folder / PAIRS_FILE).exists():
         raise InputError(f"{folder / PAIRS_FILE} already exists; delete it or choose another folder with --out")

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from calm_ray.core.rows import Completion, Pair, Question
+from calm_ray.core.sections import PromptForm
 from calm_ray.methods.calm.pairing import pair_up
 from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.voting import Ballots, Election
 from calm_ray.methods.shared.pairs import pair_of
+from calm_ray.prompts.option_text import with_choice
 from calm_ray.prompts.passages import Passage, Translator
-from calm_ray.prompts.questions import letters, prompt_text
+from calm_ray.prompts.questions import LETTERS, letters, prompt_text
 from calm_ray.prompts.rendering import plain_prompt
 
 if TYPE_CHECKING:
@@ -59,6 +61,19 @@ def translate_winners(drafts: Sequence[Draft], questions: Questions, translator:
     return [next(texts) if draft.is_translated else draft.winner["text"] for draft in drafts]
 
 
+def reworded_losers(drafts: Sequence[Draft], questions: Questions) -> list[str]:
+    """The text of each draft's chosen side in the loser's language, for answers in a model's own words: the losing text
+    with the winning choice in place of its own."""
+    texts = []
+    for draft in drafts:
+        loser, answer = draft.loser, draft.winner["answer"]
+        assert answer is not None
+        choices = questions[loser["question_id"], loser["language"]]["choices"]
+        reworded = with_choice(loser["text"], loser["language"], choices, LETTERS.index(answer))
+        texts.append(reworded if draft.is_translated else draft.winner["text"])
+    return texts
+
+
 def _passage(draft: Draft, questions: Questions) -> Passage:
     winner, loser = draft.winner, draft.loser
     assert winner["answer"] is not None
@@ -71,7 +86,7 @@ def finish_pairs(
     texts: Sequence[str | None],
     questions: Questions,
     tokenizer: PreTrainedTokenizerBase,
-    instruction: bool,
+    form: PromptForm,
     round_number: int,
 ) -> list[Pair]:
     """The pairs of a chunk, numbered within each question. Drops drafts whose chosen side could not be translated.
@@ -86,7 +101,7 @@ def finish_pairs(
             continue
         loser = draft.loser
         question_id = loser["question_id"]
-        prompt = plain_prompt(tokenizer, prompt_text(questions[question_id, loser["language"]], instruction))
+        prompt = plain_prompt(tokenizer, prompt_text(questions[question_id, loser["language"]], form))
         tokens = _chosen_tokens(draft, text, tokenizer)
         chosen: Completion = {**draft.winner, "text": text, "token_ids": tokens}
         pairs.append({**pair_of(chosen, loser, prompt, numbers[question_id]), "round": round_number})

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from calm_ray.core.console import console
 from calm_ray.evaluation.tables import percent, plain_table
+from calm_ray.methods.calm.vote_audit import print_vote_audit
 
 BAR = 40
 """Length of the longest histogram bar, in characters."""
@@ -26,6 +27,8 @@ def print_statistics(title: str, stats: dict[str, Any]) -> None:
     agree = f"Consistency_2 {percent(stats['consistency'])}, AC3_2 {percent(stats.get('ac3'))}"
     console.print(f"{fractions}, translated {percent(stats['translated'])} percent; {agree}\n")
     console.print(_histogram(stats["agreement"]))
+    if stats["audit"] is not None:
+        print_vote_audit(stats["audit"], list(stats["pairs_by_language"]))
 
 
 def _by_language(title: str, stats: dict[str, Any]) -> Table:

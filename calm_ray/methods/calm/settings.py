@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from calm_ray.core.languages import LANGUAGES
 from calm_ray.core.sections import Count, Section, unknown_name
 
+OPTION_TEXT = "option_text"
+"""Answers in the model's own words, which name a choice."""
 PRESETS: dict[str, dict[str, Any]] = {
     "strict": {},
     # The rules behind the published files, inferred from the files; they reproduce every row.
@@ -30,9 +32,9 @@ class Preferences(Section):
     preset: Literal["strict", "released"] = "strict"
     """`strict` uses the defaults below. `released` reproduces the pairs published with the paper by changing the
     defaults of `extraction`, `ties`, `merge_order`, `judged_alone` and `positive`."""
-    extraction: Literal["strict", "released"] = "strict"
+    extraction: Literal["strict", "released", "option_text"] = "strict"
     """How answers are parsed: `strict` reads a single letter after the language's answer marker; `released` follows the
-    paper's published code."""
+    paper's published code; `option_text` reads the only choice that the text names, for `sampling.prompt: question`."""
     scope: Literal["all", "own_language"] = "all"
     """Which completions vote together: those of `all` languages, or each language's own (`own_language`, a control)."""
     judged_alone: list[str] = []
@@ -54,9 +56,10 @@ class Preferences(Section):
     """Maximum number of winning completions paired with each losing one. Must be 1 with `positive: last`."""
     negatives: Count | None = None
     """Maximum number of losing completions used per question and language, drawn at random; null uses all."""
-    translator: Literal["world", "model"] = "model"
-    """What translates a winning completion into the loser's language: `model` prompts the policy; `world` uses the demo
-    world's own translator (demo world only)."""
+    translator: Literal["world", "model", "option_text"] = "model"
+    """What translates a winning completion into the loser's language: `model` prompts the policy; `option_text` writes
+    the losing completion again with the winning choice in place of its own (requires `extraction: option_text`);
+    `world` uses the demo world's own translator (demo world only)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -69,6 +72,8 @@ class Preferences(Section):
     def _check(self) -> Preferences:
         if self.positive == "last" and self.positives > 1:
             raise ValueError("positives: must be 1 with positive: last, which picks a single winning completion")
+        if self.translator == OPTION_TEXT and self.extraction != OPTION_TEXT:
+            raise ValueError(f"translator: {OPTION_TEXT} requires extraction: {OPTION_TEXT}")
         for field in ("judged_alone", "merge_order"):
             for code in getattr(self, field):
                 if code not in LANGUAGES:

@@ -12,8 +12,16 @@ from calm_ray.core.rows import Pair, Question, Vote, gold_of, rows_of, table
 from calm_ray.core.settings import RunSettings
 from calm_ray.evaluation.tables import percent
 from calm_ray.methods.base import ChunkJob, Column, Entry
-from calm_ray.methods.calm.pairs import draft_pairs, finish_pairs, translate_winners
-from calm_ray.methods.calm.settings import Preferences
+from calm_ray.methods.calm.pairs import (
+    Draft,
+    Questions,
+    draft_pairs,
+    finish_pairs,
+    reworded_losers,
+    translate_winners,
+)
+from calm_ray.methods.calm.settings import OPTION_TEXT, Preferences
+from calm_ray.methods.calm.vote_audit import print_vote_audit
 from calm_ray.methods.calm.vote_report import columns_of_pairs, count_samples, sample_report
 from calm_ray.methods.calm.voting import Ballots, Election, ballots_of, elect, right_answers, vote_rows
 from calm_ray.methods.round import QuestionView, Round
@@ -71,6 +79,10 @@ class VoteAndPair(PairStep):
     def record(self, counts: Counter[str]) -> Entry:
         return {**super().record(counts), "vote": sample_report(counts)}
 
+    def announce(self, record: Entry) -> None:
+        if record["vote"]["audit"] is not None:
+            print_vote_audit(record["vote"]["audit"], list(record["vote"]["pairs_by_language"]))
+
     def empty_reason(self, record: Entry) -> str:
         unparseable = record["vote"]["unparseable_samples"]
         if unparseable > MOSTLY:
@@ -126,13 +138,18 @@ class VoteJob(ChunkJob):
         ballots = ballots_of(completions)
         election = self._elect(ballots, questions.values())
         drafts = draft_pairs(completions, ballots, election, self.preferences, self.settings.seed)
-        translator = make_translator(self.preferences.translator, self.settings, self.text_service)
-        texts = translate_winners(drafts, questions, translator)
-        instruction = self.settings.sampling.instruction
-        pairs = finish_pairs(drafts, texts, questions, load_tokenizer(self.model), instruction, self.round_number)
+        texts = self._chosen_texts(drafts, questions)
+        form = self.settings.sampling.prompt
+        pairs = finish_pairs(drafts, texts, questions, load_tokenizer(self.model), form, self.round_number)
         self.votes.write(chunk, table(Vote, vote_rows(ballots, election)))
         self.pairs.write(chunk, table(Pair, pairs))
         return Counter(drafts=len(drafts), pairs=len(pairs))
+
+    def _chosen_texts(self, drafts: Sequence[Draft], questions: Questions) -> Sequence[str | None]:
+        if self.preferences.translator == OPTION_TEXT:
+            return reworded_losers(drafts, questions)
+        translator = make_translator(self.preferences.translator, self.settings, self.text_service)
+        return translate_winners(drafts, questions, translator)
 
     def count(self, chunk: str) -> Counter[str]:
         """Counts a chunk for the round's report, which compares with gold answers after the pairs have been written."""

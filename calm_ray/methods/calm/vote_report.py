@@ -14,6 +14,7 @@ import numpy as np
 
 from calm_ray.core.rows import Pair
 from calm_ray.evaluation.metrics import ac3, pairwise_agreement
+from calm_ray.methods.calm.vote_audit import audit_of, count_audit
 from calm_ray.methods.calm.voting import Ballots, Election
 from calm_ray.prompts.extraction import NO_ANSWER, Ints, letter_index
 
@@ -125,6 +126,8 @@ def count_samples(
         counts[f"{side}_right"] = int((known_pairs & (letters == right[pairs.question])).sum())
     by_language("pairs_in", pairs.language)
     by_language("chosen_from", pairs.chosen_language)
+    if len(languages) > 1:
+        counts.update(count_audit(ballots, election, right))
     return counts
 
 
@@ -136,6 +139,7 @@ def sample_report(counts: Counter[str]) -> dict[str, Any]:
     the fraction of parseable answers equal to the most frequent one, in tenths. A language's accuracy is measured in
     three ways: `sample_accuracy` over single completions, `own_vote_accuracy` of their majority, and
     `accuracy_by_language` of the first completion, which `consistency` and `ac3` also use. None without gold answers.
+    `audit`: see `calm_ray.methods.calm.vote_audit.audit_of`; None with a single language.
     """
 
     def by_language(name: str) -> dict[str, int]:
@@ -160,6 +164,7 @@ def sample_report(counts: Counter[str]) -> dict[str, Any]:
         "positives": fractions("positives"),
         "chosen_from": fractions("chosen_from"),
         "agreement": fractions("agreement"),
+        "audit": audit_of(counts) if len(by_language("pairs_in")) > 1 else None,
     }
     if known := counts["known"]:
         samples, asked = by_language("samples"), by_language("asked")

@@ -5,42 +5,42 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from calm_ray.core.console import console, say
 from calm_ray.core.errors import InputError
 from calm_ray.core.settings import RunSettings
+from calm_ray.evaluation.ranking import probabilities
 from calm_ray.evaluation.scores import Scores, Tables, chunk_names, read_scored, scores_of
 from calm_ray.methods.base import Entry, Step
-from calm_ray.methods.dco.audit import (
+from calm_ray.methods.dco.calibration import COLUMNS, Means, calibrated, candidate_sums, mean_recurrence, means_of
+from calm_ray.methods.dco.experts import Experts
+from calm_ray.methods.dco.gamma import Floats, gammas
+from calm_ray.methods.dco.settings import Dco
+from calm_ray.methods.round import Round
+from calm_ray.methods.shared.audit import (
     CALIBRATED,
     PRODUCT,
     RAW,
     TARGET,
     VOTE,
     WITHOUT,
-    Report,
     Worth,
-    agreement_of,
     audit_report,
-    better_sources,
+    count_answers,
     count_sources,
-    count_target,
-    target_report,
+    print_audit,
+    product,
+    vote,
+    worth_of,
 )
-from calm_ray.methods.dco.calibration import COLUMNS, Means, calibrated, candidate_sums, mean_recurrence, means_of
-from calm_ray.methods.dco.experts import Experts
-from calm_ray.methods.dco.gamma import gammas
-from calm_ray.methods.dco.settings import Dco
-from calm_ray.methods.round import Round
 from calm_ray.methods.shared.scores import ReferenceScores
 from calm_ray.run.stage import Stage
 
 MEANS = "means.json"
 LEAST_RECURRENCE = 2.0
 """Questions per candidate, in the mean, below which calibration would remove what there is to learn."""
+POOLS = {VOTE: vote, PRODUCT: product}
 KEYS = ("candidates.calibrate", "dco.gamma", "dco.anchor", "dco.weights", "dco.languages", "train.beta")
 """What the optimal policy depends on, besides the reference."""
 
@@ -79,14 +79,14 @@ class AuditTarget(Step):
         report = audit_report(sum_over_chunks(SourceCounter(scored, languages, means).count, chunks))
         target: Worth | None = None
         kind = CALIBRATED if calibrates(self.settings) else RAW
-        agreement = agreement_of(report, kind, languages) if report else None
+        agreement = {code: report[kind][code]["agreement"] for code in languages} if report else None
         gamma = gammas(self.dco, languages, settings.train.beta, agreement)
         if report:
             if self.dco.languages == "joint" or len(languages) == 2:  # else every pair of languages has its own target
                 experts = Experts(gamma, settings.train.beta, means if calibrates(self.settings) else None)
-                target = target_report(sum_over_chunks(TargetCounter(counter, experts).count, chunks), languages)
+                target = worth_of(sum_over_chunks(TargetCounter(counter, experts).count, chunks), TARGET)
             if round.number:
-                print_audit(report, target, languages)
+                print_audit(report, target, kind, languages, advice)
         files = []
         if calibrates(self.settings):
             output.storage.write_json(MEANS, means or {})
@@ -137,10 +137,10 @@ class SourceCounter:
 
     def count(self, chunk: str) -> Counter[str]:
         scores, scored = self.read(chunk)
-        counts = count_sources(scores, RAW)
+        counts = _count(scores, RAW)
         if self.means is not None:
-            # Not |, which would drop what was counted zero times.
-            counts = Counter({**counts, **count_sources(calibrated(scores, scored, self.means), CALIBRATED)})
+            # Neither + nor |, which drop what was counted zero times.
+            counts = Counter({**counts, **_count(calibrated(scores, scored, self.means), CALIBRATED)})
         return counts
 
 
@@ -156,37 +156,26 @@ class TargetCounter:
         return count_target(scores, self.experts.optimal(scores, scored))
 
 
-def print_audit(report: Report, target: Worth | None, languages: Sequence[str]) -> None:
-    """Prints a table of the target, the languages, their vote and product, and warns about a poor target."""
-    from rich.table import Table
+def _count(scores: Scores, kind: str) -> Counter[str]:
+    return count_sources(probabilities(scores.logps), scores.right, scores.languages, kind, POOLS)
 
-    table = Table(title="what the target is worth, on the questions to train on", title_justify="left")
-    for column in ("", "accuracy", "agreement", "confidence"):
-        table.add_column(column, justify="left" if not column else "right")
-    if target is not None:
-        table.add_row(TARGET, *_cells(target), style="bold")
-    for kind, sources in report.items():
-        for name in (*languages, VOTE, PRODUCT):
-            table.add_row(f"{name}, {kind}", *_cells(sources[name]))
-    console.print(table)
-    if target is not None and (better := better_sources(report, target, languages)):
-        kind, name, accuracy = better[0]
-        say(
-            f"  warning: the target is right in {target['accuracy']:.1%}, but {name} ({kind}) in {accuracy:.1%}. "
-            + advice(kind, name, languages)
+
+def count_target(scores: Scores, optimal: Floats) -> Counter[str]:
+    """Counts a chunk's targets, the optimal policy's log-probabilities [L, Q, K], for `worth_of`: those of all
+    languages, each beside the reference's answers in all languages."""
+    counts: Counter[str] = Counter()
+    for fitted in probabilities(optimal):
+        counts.update(
+            count_answers(TARGET, fitted.argmax(axis=1), fitted.max(axis=1), scores.logps.argmax(axis=2), scores.right)
         )
+    return counts
 
 
-def advice(kind: str, name: str, languages: Sequence[str]) -> str:
+def advice(kind: str, name: str) -> str:
     """What to set so that the target becomes this source."""
     calibrate = "candidates.calibrate=true" if kind == CALIBRATED else "candidates.calibrate=false"
-    if name in languages:
+    pool, without, left_out = name.partition(WITHOUT)
+    if pool not in POOLS:
         return f"Consider {calibrate} with 'dco.anchor={{language: {name}, strength: 10}}', or dco.weights=auto"
-    _, without, left_out = name.partition(WITHOUT)
     weights = "dco.weights=equal" + (f" and leaving {left_out} out of languages" if without else "")
     return f"Consider {calibrate} with {weights}"
-
-
-def _cells(worth: Worth) -> list[str]:
-    values: list[Any] = [worth["accuracy"], worth["agreement"], worth["confidence"]]
-    return ["-" if value is None else f"{100 * value:.1f}" for value in values]

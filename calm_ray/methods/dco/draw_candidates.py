@@ -97,7 +97,7 @@ class DrawJob(ChunkJob):
                 questions[key],
                 translated,
                 tokenizer,
-                instruction=settings.sampling.instruction,
+                form=settings.sampling.prompt,
                 context_tokens=self.context_tokens,
             )
         ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from calm_ray.core.rows import CandidateSet, Completion, Question
+from calm_ray.core.sections import PromptForm
 from calm_ray.core.seeds import rng_of
 from calm_ray.prompts.passages import Passage, Translator
 from calm_ray.prompts.questions import letters, prompt_text
@@ -94,7 +95,7 @@ def candidate_sets(
     translated: Sequence[Translated],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    instruction: bool,
+    form: PromptForm,
     context_tokens: int | None,
 ) -> list[CandidateSet]:
     """Returns a question's candidates in each language, or nothing if fewer than two remain.
@@ -102,7 +103,7 @@ def candidate_sets(
     Drops a candidate from all languages if, in any of them, it has no tokens or fills the engines' context together
     with its prompt.
     """
-    messages = {code: prompt_text(question, instruction) for code, question in questions.items()}
+    messages = {code: prompt_text(question, form) for code, question in questions.items()}
     prompts = {code: encode_prompt(tokenizer, message) for code, message in messages.items()}
     tokens = [{code: one.tokens(code, tokenizer) for code in questions} for one in translated]
 

@@ -54,7 +54,7 @@ class GeneratedAnswers(EngineStep):
     @property
     def keys(self) -> tuple[str, ...]:
         extraction = (self.extraction_key,) if self.extraction_key else ()
-        return (*self.engine_keys, "sampling.max_new_tokens", "sampling.instruction", *extraction)
+        return (*self.engine_keys, "sampling.max_new_tokens", "sampling.prompt", *extraction)
 
     @property
     def languages(self) -> list[str]:
@@ -64,7 +64,7 @@ class GeneratedAnswers(EngineStep):
         from calm_ray.engines.requests import Answer
 
         sampling = self.settings.sampling
-        return Answer(sampling.max_new_tokens, sampling.instruction, self.extraction)
+        return Answer(sampling.max_new_tokens, sampling.prompt, self.extraction)
 
     def report(self, output: Stage, questions: Stage) -> Entry:
         from calm_ray.evaluation.report import evaluation_report

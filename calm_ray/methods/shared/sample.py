@@ -35,7 +35,7 @@ class Sample(EngineStep):
     @property
     def keys(self) -> tuple[str, ...]:
         extraction = (self.extraction_key,) if self.extraction_key else ()
-        sampling = ("completions", "temperature", "top_p", "max_new_tokens", "instruction")
+        sampling = ("completions", "temperature", "top_p", "max_new_tokens", "prompt")
         return (*self.engine_keys, *(f"sampling.{name}" for name in sampling), *extraction)
 
     @property
@@ -48,7 +48,7 @@ class Sample(EngineStep):
 
         sampling = self.settings.sampling
         decoding = Decoding(sampling.completions, sampling.temperature, sampling.top_p, sampling.max_new_tokens)
-        return requests.Sample(decoding, self.settings.seed, round_number, sampling.instruction, self.extraction)
+        return requests.Sample(decoding, self.settings.seed, round_number, sampling.prompt, self.extraction)
 
     def work(self, sizes: Sizes, before: Mapping[str, Work]) -> Work:
         prompts = sizes.questions * sizes.languages

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from calm_ray.core.console import progress_bar, say
+from calm_ray.core.console import ProgressBar, progress_bar, say
 from calm_ray.core.settings import RunSettings
 from calm_ray.methods.base import Step
 from calm_ray.methods.round import Asks, Round
 from calm_ray.methods.work import Sizes, Work
 from calm_ray.run.policies import Policy
 from calm_ray.run.stage import Stage
+from calm_ray.training.reports import REFERENCE, Row
 
 if TYPE_CHECKING:
     from calm_ray.training.job import TrainJob
@@ -83,7 +84,7 @@ class Train(Step):
 
         device, engines = self.settings.device, round.engines
         with progress_bar(self.heading(round)) as progress:
-            report = Progress(progress)
+            report = Progress(progress, self.heading(round))
             if self.settings.placement == "split":
                 return train_round(job, device, report)
             with engines.asleep():
@@ -99,27 +100,43 @@ class Train(Step):
 
 
 class Progress:
-    """Updates the progress bar and warns if training makes the chosen sides less likely."""
+    """Shows how far training is, and warns if it makes the chosen sides less likely."""
 
-    def __init__(self, bar: Any) -> None:
-        self._bar, self._has_warned = bar, False
+    def __init__(self, bar: ProgressBar, heading: str) -> None:
+        self._bar, self._heading = bar, heading
+        self._started, self._done = 0.0, 0
+        self._has_warned = False
 
-    def __call__(self, row: dict[str, Any]) -> None:
-        if "steps" in row:
-            self._bar.set_total(row["steps"])
+    def __call__(self, row: Row) -> None:
+        if REFERENCE in row:
+            self._show_reference(row[REFERENCE], row["total"])
+        elif "steps" in row:
+            self._bar.begin(self._heading, row["steps"])
             if row["too_long_pairs"]:
                 say(f"  {row['too_long_pairs']} pairs longer than train.max_pair_tokens were dropped")
         elif "train/loss" in row:
-            change = row.get("train/chosen_change_per_token")  # only objectives with a chosen side
-            chosen = f", chosen {change:+.2f} nats/token" if change is not None else ""
-            self._bar.advance(note=f"loss {row['train/loss']:.3f}{chosen}")
-            if change is not None and change < -COLLAPSE_NATS and not self._has_warned:
-                self._has_warned = True
-                say(
-                    f"  warning: at step {row['step']}, chosen answers are {-change:.1f} nats per token less likely "
-                    "than under the reference: training lowers both sides. "
-                    "Lower train.learning_rate or raise train.sft_weight."
-                )
+            self._show_step(row)
+
+    def _show_reference(self, done: int, total: int) -> None:
+        if not done:
+            self._started, self._done = time.monotonic(), 0
+            self._bar.begin(f"{self._heading}, log-probabilities under the reference", total)
+            return
+        rate = done / max(1e-9, time.monotonic() - self._started)
+        self._bar.advance(done - self._done, f"{rate:.1f} examples/s")
+        self._done = done
+
+    def _show_step(self, row: Row) -> None:
+        change = row.get("train/chosen_change_per_token")  # only objectives with a chosen side
+        chosen = f", chosen {change:+.2f} nats/token" if change is not None else ""
+        self._bar.advance(note=f"loss {row['train/loss']:.3f}{chosen}")
+        if change is not None and change < -COLLAPSE_NATS and not self._has_warned:
+            self._has_warned = True
+            say(
+                f"  warning: at step {row['step']}, chosen answers are {-change:.1f} nats per token less likely "
+                "than under the reference: training lowers both sides. "
+                "Lower train.learning_rate or raise train.sft_weight."
+            )
 
 
 def trained(output: Stage) -> Policy | None:

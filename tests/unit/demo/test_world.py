@@ -63,7 +63,7 @@ def test_tokenizer_round_trips_prompts(world: World) -> None:
     tokenizer = build_tokenizer(world)
     aligned, _ = world_questions(world)
     for row in aligned[:40]:
-        text = prompt_text(row, instruction=False)
+        text = prompt_text(row, "choices")
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.unk_token_id not in ids

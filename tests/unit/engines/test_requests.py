@@ -13,7 +13,7 @@ DECODING = Decoding(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=8)
 def test_completions_record_their_policy() -> None:
     generator = ScriptedGenerator(word_tokenizer(WORDS), lambda prompt, number: f"Answer: {'AB-'[number]}")
     generator.policy = "r0001-abcd"
-    served = Sample(DECODING, seed=0, round_number=2, instruction=False).serve(generator, [question(choices=2)])
+    served = Sample(DECODING, seed=0, round_number=2, prompt="choices").serve(generator, [question(choices=2)])
     rows = served.rows
     assert served.counts == {"tokens": sum(len(row["token_ids"]) for row in rows), "unparseable": 1}
     assert [row["answer"] for row in rows] == ["A", "B", None]
@@ -25,7 +25,7 @@ def test_completions_record_their_policy() -> None:
 
 def test_letters_beyond_the_choices_are_not_answers() -> None:
     generator = ScriptedGenerator(word_tokenizer(WORDS), lambda prompt, number: "Answer: C")
-    request = Answer(max_new_tokens=8, instruction=False)
+    request = Answer(max_new_tokens=8, prompt="choices")
     assert request.serve(generator, [question(choices=2)]).rows[0]["answer"] is None
     assert request.serve(generator, [question(choices=3)]).rows[0]["answer"] == "C"
 
@@ -41,9 +41,9 @@ def test_seeds_depend_on_the_question_not_its_position() -> None:
     tokenizer = word_tokenizer([*WORDS, "fr", "q2?"])
     generator = Recorder(tokenizer, lambda prompt, number: "Answer: A")
     questions = [question("q1", "en"), question("q2", "en"), question("q1", "fr")]
-    Sample(DECODING, seed=0, round_number=1, instruction=False).serve(generator, questions)
-    Sample(DECODING, seed=0, round_number=1, instruction=False).serve(generator, questions[::-1])
-    Sample(DECODING, seed=0, round_number=2, instruction=False).serve(generator, questions)
+    Sample(DECODING, seed=0, round_number=1, prompt="choices").serve(generator, questions)
+    Sample(DECODING, seed=0, round_number=1, prompt="choices").serve(generator, questions[::-1])
+    Sample(DECODING, seed=0, round_number=2, prompt="choices").serve(generator, questions)
     assert seen[0] == seen[1]
     assert len(set(seen[0].values())) == 3
     assert not set(seen[0].values()) & set(seen[2].values())

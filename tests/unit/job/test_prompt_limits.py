@@ -25,7 +25,7 @@ def config_with(context: int) -> Config:
 def test_a_prompt_must_leave_room_for_a_token(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     config = config_with(512)
-    length = len(encode_prompt(AutoTokenizer.from_pretrained(model), prompt_text(ROW, config.sampling.instruction)))
+    length = len(encode_prompt(AutoTokenizer.from_pretrained(model), prompt_text(ROW, config.sampling.prompt)))
     assert list(too_long(model, [ROW], config_with(length))) == [(ROW, length, length)]
     assert not list(too_long(model, [ROW], config_with(length + 1)))
 

@@ -56,7 +56,7 @@ def test_language_row_is_complete(code: str) -> None:
     text = "".join([row.explanation, row.answer, row.instruction, row.right, row.copula, row.option, row.verb])
     assert unicodedata.normalize("NFC", text) == text
     question = {"question_id": "q", "language": code, "text": "?", "choices": ["x", "y"], "gold": None, "subject": None}
-    assert "A, B" in prompt_text(question, instruction=True).splitlines()[0]  # type: ignore[arg-type]
+    assert "A, B" in prompt_text(question, "explain").splitlines()[0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("code", LANGUAGES)

@@ -26,6 +26,7 @@ from calm_ray.run.policies import Policy, RunModel, publish
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
+from calm_ray.training import loop
 from calm_ray.training.batches import PackedBatch, pack
 from calm_ray.training.job import TrainJob
 from calm_ray.training.loop import Trainer
@@ -201,6 +202,21 @@ def round_two_trainer(folder: Path, tmp_path: Path, full: Train, rows: list[Tree
     trainer.ref_logps = trainer.reference_logps(rows)
     model.load(start, 0)
     return trainer
+
+
+def test_reference_logps_report_progress(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "PROGRESS_SECONDS", 0.0)
+    train, rows = settings(pack_tokens=30), random_trees(12)
+    trainer = make_trainer(load_model(folder, train), folder, tmp_path, train)
+    reported: list[dict[str, Any]] = []
+    trainer.report = reported.append
+    trainer.reference_logps(rows)
+    done = [row["reference"] for row in reported]
+    assert done[0] == 0
+    assert done[-1] == 12
+    assert done == sorted(done)
+    assert len(set(done)) > 3
+    assert {row["total"] for row in reported} == {12}
 
 
 def test_full_fine_tuning_loads_its_reference(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from factories import completion, completions, question
 
 from calm_ray.core.rows import Completion
-from calm_ray.methods.calm.pairs import Draft, draft_pairs, finish_pairs, translate_winners
+from calm_ray.methods.calm.pairs import Draft, draft_pairs, finish_pairs, reworded_losers, translate_winners
 from calm_ray.methods.calm.settings import Preferences
 from calm_ray.methods.calm.voting import ballots_of, elect
 from calm_ray.methods.translation import ModelTranslator
@@ -83,7 +83,7 @@ def test_translations_end_like_their_originals() -> None:
     rows = [completion("B", "en", 0), completion("B", "en", 1, finish_reason="length"), completion("A", "fr", 2)]
     drafts = drafts_of(rows, Preferences(positives=2))
     texts = translate_winners(drafts, questions, UpperCaseTranslator())
-    pairs = finish_pairs(drafts, texts, questions, tokenizer, instruction=False, round_number=3)
+    pairs = finish_pairs(drafts, texts, questions, tokenizer, form="choices", round_number=3)
     by_text = {pair["chosen"]: pair for pair in pairs}
     assert set(by_text) == {"fr: EN SAYS B (0)", "fr: EN SAYS B (1)"}
     stopped, cut = by_text["fr: EN SAYS B (0)"], by_text["fr: EN SAYS B (1)"]
@@ -92,7 +92,7 @@ def test_translations_end_like_their_originals() -> None:
     assert stopped["rejected_token_ids"] == [12, 1]  # as sampled, not tokenized again
     turn_end = 7  # a chat model's end-of-turn token, not the tokenizer's EOS
     drafts[0].winner["token_ids"][-1] = drafts[1].winner["token_ids"][-1] = turn_end
-    again = finish_pairs(drafts, texts, questions, tokenizer, instruction=False, round_number=3)
+    again = finish_pairs(drafts, texts, questions, tokenizer, form="choices", round_number=3)
     assert turn_end in {pair["chosen_token_ids"][-1] for pair in again}
     assert tokenizer.eos_token_id not in {pair["chosen_token_ids"][-1] for pair in again}
     assert sorted(pair["pair"] for pair in pairs) == [0, 1]
@@ -100,12 +100,25 @@ def test_translations_end_like_their_originals() -> None:
     assert stopped["prompt"].startswith("Question q1?\nA. fr choice 0")
 
 
+def test_losing_texts_are_reworded() -> None:
+    questions = {("q1", code): question("q1", code) for code in ("en", "fr")}
+    rows = [
+        completion("B", "en", 0, text="It is en choice 1."),
+        completion("A", "fr", 1, text="C'est fr choice 0."),
+        completion("A", "en", 2, text="It is en choice 0."),
+    ]
+    drafts = drafts_of([*rows, *(completion("B", "en", n, text="en choice 1") for n in (3, 4))], Preferences())
+    texts = dict(zip((draft.loser["text"] for draft in drafts), reworded_losers(drafts, questions), strict=True))
+    assert texts["C'est fr choice 0."] == "C'est fr choice 1."
+    assert texts["It is en choice 0."] in ("It is en choice 1.", "en choice 1")  # sampled in English, so unchanged
+
+
 def test_failed_translations_are_dropped_without_gaps_in_numbers() -> None:
     questions = {("q1", code): question("q1", code) for code in ("en", "fr")}
     rows = completions({"en": "BB", "fr": "AC"})
     drafts = drafts_of(rows, Preferences(positives=2))
     texts = translate_winners(drafts, questions, UpperCaseTranslator(fails="en says B (0)"))
-    pairs = finish_pairs(drafts, texts, questions, word_tokenizer(["x"]), instruction=False, round_number=1)
+    pairs = finish_pairs(drafts, texts, questions, word_tokenizer(["x"]), form="choices", round_number=1)
     assert (len(drafts), len(pairs)) == (4, 2)
     assert [pair["pair"] for pair in pairs] == [0, 1]
 

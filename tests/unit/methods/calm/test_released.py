@@ -19,6 +19,7 @@ import pytest
 from calm_ray.methods.calm.from_columns import make_pairs
 from calm_ray.methods.calm.import_completions import open_completions
 from calm_ray.methods.calm.settings import Preferences
+from calm_ray.methods.calm.vote_audit import print_vote_audit
 from calm_ray.methods.calm.vote_report import sample_report
 from calm_ray.prompts.answers import extract_answer
 from calm_ray.prompts.released import explanations, released_answers, training_prompts
@@ -184,3 +185,19 @@ def test_prompts_and_explanations_have_the_released_form() -> None:
     assert training_prompts(pa.array(["Q?"]), "es").to_pylist() == ["Q?"]
     texts = ["Explanation: a: b\nAnswer: B", " Explanation:\nc\n\nAnswer: A\nAnswer: B", "d"]
     assert explanations(pa.array(texts), "en").to_pylist() == ["a: b", "c\n\nAnswer: A", "d"]
+
+
+def test_the_audit_notices_that_english_beats_the_vote(pairs_of: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _, counts = pairs_of(RELEASED)
+    report = sample_report(counts)
+    audit, languages = report["audit"], list(report["pairs_by_language"])
+    assert audit["target"]["accuracy"] == report["vote_accuracy"]
+    raw, calibrated = audit["report"]["raw"], audit["report"]["calibrated"]
+    assert raw["en"]["accuracy"] == pytest.approx(0.7375, abs=5e-5)
+    assert calibrated["vote"]["accuracy"] > raw["vote"]["accuracy"]  # letters that languages favor count less
+    assert raw["vote without en"]["accuracy"] < raw["vote"]["accuracy"] - 0.04
+    print_vote_audit(audit, languages)
+    printed = capsys.readouterr().out
+    assert "warning: the target is right in 67.0 percent of the questions, but en" in printed
+    assert "preferences.min_agreement=" in printed
+    print(printed)

@@ -46,7 +46,7 @@ def translate_all(own: list[Completion], translator: Dictionary) -> list[Transla
 def sets_of(
     translated: list[Translated], questions: dict[str, Question], context_tokens: int | None = None
 ) -> list[CandidateSet]:
-    return candidate_sets(questions, translated, TOKENIZER, instruction=False, context_tokens=context_tokens)
+    return candidate_sets(questions, translated, TOKENIZER, form="choices", context_tokens=context_tokens)
 
 
 def test_each_answer_is_drawn_once_in_any_language_or_wording() -> None:

@@ -1,0 +1,183 @@
+"""What a target is worth before training on it: each language alone, what several say together, and the target itself.
+
+Everything is counted on the questions to train on, by chunks whose counts can be added. Gold answers, where there are
+any, only report. L languages, Q questions, at most K answers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from calm_ray.core.console import console, say
+from calm_ray.evaluation.tables import percent, plain_table
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Pool = Callable[[Floats], Floats]
+"""Turns the distributions of several languages [L, Q, K] into one [Q, K]."""
+
+RAW, CALIBRATED = "raw", "calibrated"
+TARGET, VOTE, PRODUCT = "target", "vote", "product"
+WITHOUT = " without "
+"""As in "product without fr"."""
+
+
+class Worth(TypedDict):
+    """How good the answers of a source are, as fractions from 0 to 1."""
+
+    accuracy: float | None
+    """None without gold answers."""
+    agreement: float
+    """How often a language gives the same answer, in the mean over the languages; a language alone is compared with
+    the others."""
+    confidence: float
+    """Mean probability of the answer. Far above the accuracy, the source is overconfident."""
+
+
+Report = dict[str, dict[str, Worth]]
+"""By `raw` or `calibrated`, then by source: a language, or a pool of all languages or of all but one."""
+
+
+def vote(own: Floats) -> Floats:
+    """Fraction of the languages [L, Q, K] that answer each candidate [Q, K]; their product decides ties."""
+    candidates = np.arange(own.shape[2])
+    votes = (own.argmax(axis=2)[:, :, None] == candidates).mean(axis=0)
+    return np.asarray(votes + 1e-6 * product(own))
+
+
+def product(own: Floats) -> Floats:
+    """The normalized product of the languages' distributions [L, Q, K]."""
+    with np.errstate(divide="ignore"):
+        logps = np.log(own).sum(axis=0)
+    weights = np.exp(logps - logps.max(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+def answers_of(distribution: Floats) -> Ints:
+    """The most likely answer [...] of distributions [..., K]; -1 if there is none, or several."""
+    highest = distribution.max(axis=-1, keepdims=True)
+    leading = (distribution == highest) & (highest > 0)
+    return np.where(leading.sum(axis=-1) == 1, distribution.argmax(axis=-1), -1)
+
+
+def count_sources(
+    own: Floats, right: Ints, languages: Sequence[str], kind: str, pools: Mapping[str, Pool]
+) -> Counter[str]:
+    """Counts a chunk for `audit_report`.
+
+    `own` [L, Q, K] are the languages' distributions over answers, which need not add up to 1, `right` [Q] the gold
+    answers, negative if unknown, and `kind` says whether the distributions are raw or calibrated.
+    """
+    counts: Counter[str] = Counter()
+    answers = answers_of(own)
+    for name, distribution in _sources(own, languages, pools):
+        others = [i for i, code in enumerate(languages) if code != name]
+        confidence = distribution.max(axis=1) / np.maximum(distribution.sum(axis=1), 1e-9)
+        counts.update(count_answers(f"{kind}/{name}", answers_of(distribution), confidence, answers[others], right))
+    return counts
+
+
+def _sources(own: Floats, languages: Sequence[str], pools: Mapping[str, Pool]) -> Iterator[tuple[str, Floats]]:
+    """Yields distributions [Q, K]: each language's own, then those of several languages together."""
+    yield from zip(languages, own, strict=True)
+    everyone = list(range(len(languages)))
+    groups = {"": everyone}
+    if len(languages) > 2:
+        groups |= {f"{WITHOUT}{languages[i]}": [j for j in everyone if j != i] for i in everyone}
+    for suffix, group in groups.items():
+        for name, pool in pools.items():
+            yield f"{name}{suffix}", pool(own[group])
+
+
+def count_answers(key: str, answer: Ints, confidence: Floats, others: Ints, right: Ints) -> Counter[str]:
+    """Counts a source's answers [Q], negative where it has none, beside those of some languages [l, Q]."""
+    agreeing = float(((others == answer) & (answer >= 0)).mean(axis=0).sum()) if len(others) else 0.0
+    return Counter(
+        {
+            f"{key}/questions": len(answer),
+            f"{key}/known": int((right >= 0).sum()),
+            f"{key}/right": int(((right >= 0) & (answer == right)).sum()),
+            f"{key}/agreement": agreeing,
+            f"{key}/confidence": float(confidence.sum()),
+        }
+    )
+
+
+def audit_report(counts: Mapping[str, float]) -> Report:
+    """Returns what `count_sources` counted over all chunks."""
+    report: Report = {}
+    for key in counts:
+        kind, _, rest = key.partition("/")
+        name, _, metric = rest.rpartition("/")
+        if metric == "questions" and kind in (RAW, CALIBRATED):
+            report.setdefault(kind, {})[name] = worth_of(counts, f"{kind}/{name}")
+    return report
+
+
+def worth_of(counts: Mapping[str, float], key: str) -> Worth:
+    """Returns what `count_answers` counted over all chunks."""
+    questions, known = max(1, counts[f"{key}/questions"]), counts[f"{key}/known"]
+    return Worth(
+        accuracy=counts[f"{key}/right"] / known if known else None,
+        agreement=counts[f"{key}/agreement"] / questions,
+        confidence=counts[f"{key}/confidence"] / questions,
+    )
+
+
+def better_sources(report: Report, target: Worth, languages: Sequence[str]) -> list[tuple[str, str, float]]:
+    """Returns the sources that are right more often than the target, if a single language is: (kind, name, accuracy).
+
+    Empty without gold answers. The best come first.
+    """
+    if target["accuracy"] is None:
+        return []
+    found = [
+        (kind, name, worth["accuracy"])
+        for kind, sources in report.items()
+        for name, worth in sources.items()
+        if worth["accuracy"] is not None and worth["accuracy"] > target["accuracy"]
+    ]
+    if not any(name in languages for _, name, _ in found):
+        return []
+    return sorted(found, key=lambda one: -one[2])
+
+
+def print_audit(
+    report: Report, target: Worth | None, kind: str, languages: Sequence[str], advice: Callable[[str, str], str]
+) -> None:
+    """Prints the sources, raw and calibrated, with the target among its `kind`, and warns about a poor target.
+
+    `advice` returns what to set so that the target comes close to a source, by kind and name.
+    """
+    for name in report:
+        console.print(_table(name, report[name], target if name == kind else None, languages))
+    if target is not None and (better := better_sources(report, target, languages)):
+        kind, name, accuracy = better[0]
+        known = f"the target is right in {percent(target['accuracy'])} percent of the questions"
+        say(f"  warning: {known}, but {name} ({kind}) in {percent(accuracy)}. {advice(kind, name)}")
+
+
+def _table(kind: str, sources: Mapping[str, Worth], target: Worth | None, languages: Sequence[str]) -> Table:
+    pools = [name for name in sources if name not in languages and WITHOUT not in name]
+    table = plain_table(f"what the target is worth on the questions to train on, {kind}, percent")
+    table.add_column("")
+    for column in ("accuracy", "agreement", "confidence", *(f"{pool}\nwithout it" for pool in pools)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name in (*languages, *pools):
+        without = [sources.get(f"{pool}{WITHOUT}{name}") for pool in pools]
+        table.add_row(
+            name, *_cells(sources[name]), *("" if one is None else percent(one["accuracy"]) for one in without)
+        )
+    if target is not None:
+        table.add_row(TARGET, *_cells(target), style="bold")
+    return table
+
+
+def _cells(worth: Worth) -> list[str]:
+    return [percent(value) for value in (worth["accuracy"], worth["agreement"], worth["confidence"])]
