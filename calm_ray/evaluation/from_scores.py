@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from calm_ray.evaluation.score_report import count_scores
 from calm_ray.evaluation.scores import Scores, columns_of_convention, read_scored, scores_of
+from calm_ray.prompts.candidates import label
 from calm_ray.run.stage import Stage
 
 
@@ -29,12 +30,13 @@ class ScoreCounter:
 
 
 def most_likely_answers(stage: Stage, convention: str) -> dict[tuple[str, str], str | None]:
-    """Returns (language, question_id) -> index of the candidate that the stage's policy finds most likely."""
+    """Returns (language, question_id) -> letter of the candidate that the stage's policy finds most likely; after Z its
+    number."""
     found: dict[tuple[str, str], str | None] = {}
     for chunk in sorted(stage.chunks()):
         language = chunk.rpartition("-")[2]
         scores = scores_of({language: stage.read_chunk(chunk, columns_of_convention(convention))}, convention)
-        found |= {(language, q): str(a) for q, a in zip(scores.questions, scores.answers[0], strict=True)}
+        found |= {(language, q): label(a) for q, a in zip(scores.questions, scores.answers[0], strict=True)}
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from calm_ray.config import Config
 from calm_ray.core.console import console
+from calm_ray.evaluation.by_subject import subject_tables
 from calm_ray.evaluation.tables import candidate_tables, percent, plain_table
 from calm_ray.methods.base import Entry, Step
 from calm_ray.run.directory import RunDirectory
@@ -67,6 +68,8 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
     if since := rounds[-1].get("changed", {}).get("0"):
         changed = "  ".join(f"{code} {percent(share)}" for code, share in since.items())
         console.print(f"answers changed since round 0, percent: {changed}")
+    for table in subject_tables(rounds):
+        console.print(table)
     for candidates in candidate_tables(summary["method"], rounds):
         console.print(candidates)
 

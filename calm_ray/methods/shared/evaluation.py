@@ -71,7 +71,8 @@ class GeneratedAnswers(EngineStep):
 
         if not output.chunks():
             return {"report": {}}
-        return {"report": evaluation_report(rows_of(output.read()), gold_of(rows_of(questions.read())))}
+        report = evaluation_report(rows_of(output.read()), gold_of(rows_of(questions.read())))
+        return {"report": report | by_subject(self.answers(output), questions)}
 
     def answers(self, stage: Stage) -> Answers:
         if not stage.chunks():
@@ -100,6 +101,9 @@ class MostLikelyAnswers(ScoringStep):
     def asks(self) -> Asks:
         return "trained"
 
+    def report(self, output: Stage, questions: Stage) -> Entry:
+        return {"report": super().report(output, questions)["report"] | by_subject(self.answers(output), questions)}
+
     def answers(self, stage: Stage) -> Answers:
         from calm_ray.evaluation.from_scores import most_likely_answers
 
@@ -107,6 +111,20 @@ class MostLikelyAnswers(ScoringStep):
 
     def summary(self, record: Entry) -> Entry:
         return dict(record["report"])
+
+
+def by_subject(answers: Answers, questions: Stage) -> Entry:
+    """Returns the report's entry `by_subject`; nothing if the questions do not have several subjects."""
+    from calm_ray.evaluation.by_subject import subject_report
+
+    if not questions.chunks():
+        return {}
+    rows = questions.read(["question_id", "subject", "gold"]).to_pylist()
+    subjects, gold = (
+        {row["question_id"]: row[of] for row in rows if row[of] is not None} for of in ("subject", "gold")
+    )
+    report = subject_report(answers, subjects, gold)
+    return {"by_subject": report} if report else {}
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ def test_changed_answers_are_counted_in_each_language(tmp_path: Path) -> None:
     low, high = [-2.0, -1.0], [-1.0, -2.0]
     before = most_likely_answers(scored_stage(tmp_path / "0", {"en": [high, high, low], "zh": [low, low, low]}), "sum")
     now = most_likely_answers(scored_stage(tmp_path / "1", {"en": [low, high, low], "zh": [high, low, high]}), "sum")
-    assert now["en", "q0"] == "1"
-    assert now["zh", "q2"] == "0"
+    assert now["en", "q0"] == "B"
+    assert now["zh", "q2"] == "A"
     assert len(now) == 6
     assert changed_answers(now, before) == {"en": 1 / 3, "zh": 2 / 3}
     assert changed_answers(now, now) == {"en": 0.0, "zh": 0.0}
