@@ -144,6 +144,10 @@ class Engines(Section):
             return lora is not None and device == "gpu"
         return lora is not None and self.refresh == "adapter"
 
+    def merges_adapters(self, lora: Lora | None, device: str) -> bool:
+        """Whether engines load policies as weights that an adapter is merged into."""
+        return lora is not None and not self.uses_adapters(lora, device)
+
     def count(self, languages: list[str]) -> int:
         """Number of engines of a run in these languages."""
         return self.shared or 0 if self.per_language is None else self.per_language * len(languages)

@@ -66,11 +66,6 @@ class RunSettings(Section):
         """Whether candidates are sampled from the policy, so that there are none before round 1."""
         return self.candidates is not None and self.candidates.form == "samples"
 
-    @property
-    def merges_adapters(self) -> bool:
-        """Whether engines load policies as weights that an adapter is merged into."""
-        return self.train.lora is not None and not self.engines.uses_adapters(self.train.lora, self.device)
-
     @model_validator(mode="after")
     def _check_locations(self) -> RunSettings:
         questions = self.questions

@@ -259,7 +259,11 @@ class HostMemory:
 def host_memory(config: Config, shape: Shape, engine: EngineMemory, worker: WorkerMemory) -> HostMemory:
     """Host memory of the processes, excluding Ray's object store and the system."""
     engines, size = config.engines, config.engines.tensor_parallel_size
-    node = BYTES[engines.dtype] * shape.parameters if config.merges_adapters else 0
+    node = (
+        BYTES[engines.dtype] * shape.parameters
+        if config.engines.merges_adapters(config.train.lora, config.device)
+        else 0
+    )
     if config.device == "cpu":
         return HostMemory(ENGINE_PROCESS + engine.weights, WORKER_PROCESS + worker.total, node)
     asleep = size * engine.weights if config.placement == "colocate" else 0  # sleeping engines offload weights

@@ -141,7 +141,7 @@ def _disk(config: Config, shape: Shape, steps: dict[str, Work]) -> dict[str, int
 def _cache(config: Config, shape: Shape) -> dict[str, int]:
     """Bytes on a node's disk: local copies, and a checkpoint on its way to or from storage."""
     is_copied = config.model in DEMOS or not RunModel(config.model).is_folder
-    is_merged = config.merges_adapters
+    is_merged = config.engines.merges_adapters(config.train.lora, config.device)
     whole = BYTES["bfloat16"] * shape.parameters
     policy, checkpoint = _trained(config, shape)
     return {

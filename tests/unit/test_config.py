@@ -64,8 +64,9 @@ def test_all_mistakes_are_reported_at_once() -> None:
 )  # fmt: skip
 def test_engines_use_adapters_where_they_are_fast(overrides: list[str], uses_adapters: bool) -> None:
     config = load_config("demo", overrides)
-    assert config.engines.uses_adapters(config.train.lora, config.device) == uses_adapters
-    assert config.merges_adapters == (config.train.lora is not None and not uses_adapters)
+    lora, device = config.train.lora, config.device
+    assert config.engines.uses_adapters(lora, device) == uses_adapters
+    assert config.engines.merges_adapters(lora, device) == (lora is not None and not uses_adapters)
 
 
 @pytest.mark.parametrize(
