@@ -36,8 +36,8 @@ class Config(RunSettings):
     """`calm`: DPO on pairs from a vote across languages. `sft`: its baseline, supervised training on the chosen side.
     `dco`: fits margins between candidates to those of the other languages. `dpo_gold` and `sft_gold` are `calm` and
     `sft` restricted to pairs whose chosen answer is correct (CALM, Table 2) or, with `candidates`, trained on the
-    correct candidate and another one (DCO, section 6.1); no other built-in method trains on gold answers.
-    `package.module:NAME` selects a custom method."""
+    correct candidate and another one (DCO, section 6.1). `dco_gold` is `dco` fitted to the correct candidate. No other
+    built-in method trains on gold answers. `package.module:NAME` selects a custom method."""
     plugins: list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]] = []
     """Packages whose code the recipe may run, for custom methods."""
 

@@ -16,4 +16,5 @@ METHODS: dict[str, Method[Any]] = {
     "dpo_gold": gold.DPO_GOLD,
     "sft_gold": gold.SFT_GOLD,
     "dco": dco.DCO,
+    "dco_gold": gold.DCO_GOLD,
 }

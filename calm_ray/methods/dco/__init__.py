@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class DcoMethod(Method[Dco]):
     section = "dco"
     settings = Dco
+    is_gold: ClassVar[bool] = False
+    """Whether gold answers are the target."""
     train_defaults: ClassVar[Mapping[str, Any]] = {  # Appendix G; schedule from the released code
         "learning_rate": 1e-5, "warmup_ratio": 0.0, "schedule": "linear", "epochs": 1, "beta": 1.0,
         "validation_fraction": 0.0, "reference": "previous",
@@ -31,6 +33,8 @@ class DcoMethod(Method[Dco]):
     def check(self, run: RunSettings, own: Dco) -> None:
         if len(run.languages) < 2:
             raise ValueError("languages: DCO needs at least two languages")
+        if (own.target == "gold") != self.is_gold:
+            raise ValueError("dco.target: must be gold with method: dco_gold, and only with it")
         if run.rounds == 0 and run.samples_candidates:
             raise ValueError(
                 "rounds: must be at least 1, since candidates.form: samples has no candidates before round 1"
@@ -50,7 +54,7 @@ class DcoMethod(Method[Dco]):
             raise ValueError("candidates.calibrate: sampled candidates do not recur; use another candidates.form")
 
     def needs_gold(self, own: Dco) -> bool:
-        return own.exclude_gold
+        return self.is_gold or own.exclude_gold
 
     def steps(self, run: RunSettings, own: Dco) -> tuple[Step, ...]:
         from calm_ray.methods.dco.audit_target import AuditTarget
@@ -75,7 +79,7 @@ class DcoMethod(Method[Dco]):
         from calm_ray.methods.dco.optimum import optimum_steps
         from calm_ray.methods.shared.evaluation import evaluation_steps
 
-        has_optimum = own.languages == "joint" or len(run.languages) == 2
+        has_optimum = own.target == "optimal" and (own.languages == "joint" or len(run.languages) == 2)
         answers, *steps = evaluation_steps(run)
         more = [*steps, *(optimum_steps(run, own) if has_optimum else ())]
         return answers, *more

@@ -41,7 +41,9 @@ MEANS = "means.json"
 LEAST_RECURRENCE = 2.0
 """Questions per candidate, in the mean, below which calibration would remove what there is to learn."""
 POOLS = {VOTE: vote, PRODUCT: product}
-KEYS = ("candidates.calibrate", "dco.gamma", "dco.anchor", "dco.weights", "dco.languages", "train.beta")
+KEYS = (
+    "candidates.calibrate", "dco.gamma", "dco.anchor", "dco.weights", "dco.languages", "dco.target", "train.beta",
+)  # fmt: skip
 """What the optimal policy depends on, besides the reference."""
 
 
@@ -78,21 +80,22 @@ class AuditTarget(Step):
             means = self._means(sum_over_chunks(counter.count_candidates, chunks))
         report = audit_report(sum_over_chunks(SourceCounter(scored, languages, means).count, chunks))
         target: Worth | None = None
-        kind = CALIBRATED if calibrates(self.settings) else RAW
+        kind = CALIBRATED if calibrates(settings) else RAW
         agreement = {code: report[kind][code]["agreement"] for code in languages} if report else None
         gamma = gammas(self.dco, languages, settings.train.beta, agreement)
         if report:
             if self.dco.languages == "joint" or len(languages) == 2:  # else every pair of languages has its own target
-                experts = Experts(gamma, settings.train.beta, means if calibrates(self.settings) else None)
+                own_means = means if calibrates(settings) else None
+                experts = Experts(gamma, settings.train.beta, own_means, self.dco.target, settings.seed)
                 target = worth_of(sum_over_chunks(TargetCounter(counter, experts).count, chunks), TARGET)
             if round.number:
                 print_audit(report, target, kind, languages, advice)
         files = []
-        if calibrates(self.settings):
+        if calibrates(settings):
             output.storage.write_json(MEANS, means or {})
             files = [MEANS]
         record = {"report": report, TARGET: target, "agreement": agreement, "gamma": gamma.tolist()}
-        output.finish(record, files)
+        output.finish({**record, "fits": self.dco.target}, files)
 
     def _means(self, sums: Counter[str]) -> Means | None:
         """Raises InputError if the run calibrates candidates that hardly recur."""
@@ -113,7 +116,8 @@ class AuditTarget(Step):
 def experts_of(audit: Stage, settings: RunSettings) -> Experts:
     """Returns the experts that a finished audit chose."""
     means = audit.storage.read_json(MEANS) if calibrates(settings) else None
-    return Experts(np.array(audit.record["gamma"]), settings.train.beta, means)
+    record = audit.record
+    return Experts(np.array(record["gamma"]), settings.train.beta, means, record["fits"], settings.seed)
 
 
 def calibrates(settings: RunSettings) -> bool:

@@ -39,6 +39,10 @@ class Dco(Section):
     fit: Literal["pairs", "options"] = "pairs"
     """What training fits: margins of drawn pairs of candidates (`pairs`, Eq. 11 and 15), or the optimal policy's
     distribution over all candidates of a question at once (`options`, not in the paper). Both have the same optimum."""
+    target: Literal["optimal", "random", "gold"] = "optimal"
+    """With `fit: options`, the distribution to fit: the `optimal` policy's; a control that gives its probabilities to
+    randomly permuted candidates, the same ones in all languages (`random`); or all probability on the right candidate
+    (`gold`, required by `method: dco_gold` and invalid with any other)."""
     languages: Literal["joint", "bilingual"] = "joint"
     """Compare each pair of candidates in all languages (`joint`, Eq. 15) or in two drawn by the seed (`bilingual`, the
     released code)."""
@@ -60,4 +64,6 @@ class Dco(Section):
                 raise ValueError("fit: options requires languages: joint")
         if self.fit == "options" and self.exclude_gold:
             raise ValueError("exclude_gold: requires fit: pairs")
+        if self.fit == "pairs" and self.target != "optimal":
+            raise ValueError(f"target: {self.target} requires fit: options")
         return self

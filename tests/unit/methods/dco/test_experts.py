@@ -54,6 +54,29 @@ def test_targets_lead_from_the_reference_to_the_optimal_policy(settings: Dco, ca
         assert experts.targets(scores, scored, drawn).tolist() == targets(scores, drawn, gamma).tolist()
 
 
+def test_random_targets_permute_the_optimal_ones_alike_in_all_languages() -> None:
+    rng = np.random.default_rng(2)
+    scored = scored_tables({code: rng.normal(size=(20, 4)).tolist() for code in CODES})
+    scores = scores_of(scored)
+    gamma = gammas(Dco(weights="equal"), CODES, 1.0)
+    optimal, random, again = (
+        Experts(gamma, 1.0, target=target, seed=seed).optimal(scores, scored)  # type: ignore[arg-type]
+        for target, seed in (("optimal", 0), ("random", 0), ("random", 0))
+    )
+    assert np.sort(random).tolist() == np.sort(optimal).tolist()
+    assert random.tolist() == again.tolist()
+    same = (random.argmax(axis=2) == optimal.argmax(axis=2)).all(axis=0)
+    assert 0 < same.sum() < 12  # a quarter by chance
+    assert (random.argmax(axis=2) == random.argmax(axis=2)[0]).all()
+
+
+def test_gold_targets_put_all_probability_on_the_right_candidate() -> None:
+    scored = scored_tables({code: [[-1.0, -2.0, -3.0], [-1.0, -2.0]] for code in CODES}, [2, 0])
+    scores = scores_of(scored)
+    found = probabilities(Experts(gammas(Dco(), CODES, 1.0), 1.0, target="gold").optimal(scores, scored))
+    assert found.tolist() == [[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]] * 3
+
+
 def test_probabilities_ignore_padding() -> None:
     assert probabilities(np.array([[0.0, np.log(3), -np.inf]])).tolist() == [pytest.approx([0.25, 0.75, 0.0])]
 
@@ -64,6 +87,7 @@ def test_probabilities_ignore_padding() -> None:
         ({"weights": "auto", "gamma": 2.0}, "weights: cannot be combined with gamma"),
         ({"weights": "auto", "languages": "bilingual"}, "weights: requires languages: joint"),
         ({"fit": "options", "languages": "bilingual"}, "fit: options requires languages: joint"),
+        ({"fit": "pairs", "target": "random"}, "target: random requires fit: options"),
         ({"fit": "options", "exclude_gold": True}, "exclude_gold: requires fit: pairs"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
