@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -19,6 +19,10 @@ from calm_ray.core.sections import Lora
 from calm_ray.demo.generator import build_world, world_questions
 from calm_ray.run.directory import RunDirectory
 from calm_ray.run.policies import Policy, publish
+
+if TYPE_CHECKING:
+    from calm_ray.engines.actor import EngineActor
+    from calm_ray.engines.generator import Likelihoods
 
 LANGUAGES = ["en", "fr"]
 MOMENTS = int(os.environ.get("MOMENTS", "1"))
@@ -46,6 +50,27 @@ def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             pretrain(build_world(100), folder.with_suffix(".new"), [(150, {"question": 24})])
+            folder.with_suffix(".new").rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def atlas_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct: chat template, tied embeddings, three key/value heads for nine heads."""
+    from calm_ray.core.errors import InputError
+    from calm_ray.demo.atlas.model import convert, gguf_file
+
+    try:
+        source = gguf_file()
+    except InputError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "atlas"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            convert(source, folder.with_suffix(".new"))
             folder.with_suffix(".new").rename(folder)
     return folder
 
@@ -126,3 +151,17 @@ def make_adapter(model: Path, folder: Path, run: RunDirectory, round_number: int
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     return publish(folder, run.storage, f"policies/{round_number}", round_number, "adapter")
+
+
+def scoring_engine() -> type[EngineActor]:
+    """An engine that scores given candidates. The class is local, so that Ray pickles it by value."""
+    from calm_ray.engines.actor import EngineActor
+
+    class ScoringEngine(EngineActor):
+        def likelihoods(self, jobs: list[tuple[list[int], list[list[int]]]], with_prompt: bool) -> list[Likelihoods]:
+            """`jobs` are token ids of prompts and of their candidates."""
+            prompts, candidates = [prompt for prompt, _ in jobs], [sides for _, sides in jobs]
+            assert self._generator is not None
+            return self._generator.score(prompts, candidates, with_prompt=with_prompt)
+
+    return ScoringEngine

@@ -12,9 +12,9 @@ import ray
 import torch
 import torch.distributed as dist
 from factories import tree
+from small_runs import scoring_engine
 
 from calm_ray.core.sections import Engines, Lora, Train
-from calm_ray.engines.actor import EngineActor
 from calm_ray.engines.generator import Likelihoods
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.vllm import MAX_LABELS
@@ -58,18 +58,6 @@ def policies(trainer: PolicyModel, tmp_path_factory: pytest.TempPathFactory) -> 
         trainer.save(folder / str(number))
         policies.append(publish(folder / str(number), Storage(str(folder)), f"published/{number}", number, "adapter"))
     return policies
-
-
-def scoring_engine() -> type[EngineActor]:
-    """An engine that scores given candidates. The class is local, so that Ray pickles it by value."""
-
-    class ScoringEngine(EngineActor):
-        def likelihoods(self, jobs: list[Job], with_prompt: bool) -> list[Likelihoods]:
-            prompts, candidates = [prompt for prompt, _ in jobs], [sides for _, sides in jobs]
-            assert self._generator is not None
-            return self._generator.score(prompts, candidates, with_prompt=with_prompt)
-
-    return ScoringEngine
 
 
 @pytest.fixture(scope="module", params=["adapter", pytest.param("merged", marks=pytest.mark.slow)])
