@@ -50,7 +50,8 @@ def read_lines(file: Path) -> list[Question]:
 def run_with_poison(make_recipe: Callable[..., Path], storage: Path, name: str) -> tuple[RunDirectory, int]:
     """Runs a recipe whose engines load the logits processor; returns the run and the exit code."""
     args = {"logits_processors": [NAME], "max_num_seqs": 64, "max_num_batched_tokens": 256}
-    recipe = make_recipe(name=name, storage=str(storage), engines={"args": args})
+    # Small chunks, because engines crash until the bad prompt of a chunk is found.
+    recipe = make_recipe(name=name, storage=str(storage), engines={"args": args}, sampling={"prompts_per_chunk": 2})
     return RunDirectory(str(storage), name), main(["align", str(recipe)])
 
 

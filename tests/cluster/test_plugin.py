@@ -1,14 +1,12 @@
-"""The example method of docs/architecture.md as a plug-in package: planned, run, killed, resumed and shown."""
+"""The example method of docs/architecture.md as a plug-in package: planned, run and shown."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,40 +40,24 @@ def recipe(make_recipe: Callable[..., Path], storage: Path) -> Path:
     return make_recipe(name="shorter", storage=str(storage), **PLUGIN)
 
 
-def start_calm_ray(package: Path, *arguments: str | Path) -> subprocess.Popen[str]:
-    """Starts the command line in a new session, with the package on its path."""
-    return subprocess.Popen(
+def calm_ray(package: Path, *arguments: str | Path, code: int = 0) -> str:
+    """Runs the command line with the package on its path, checks its exit code and returns the output."""
+    done = subprocess.run(
         [str(Path(sys.executable).parent / "calm-ray"), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package.parents[1]), os.environ.get("PYTHONPATH", "")])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
+        check=False,
     )
-
-
-def calm_ray(package: Path, *arguments: str | Path, code: int = 0) -> str:
-    """Runs the command line, checks its exit code and returns the output."""
-    process = start_calm_ray(package, *arguments)
-    output, _ = process.communicate()
-    assert process.returncode == code, output
-    return output
+    assert done.returncode == code, done.stdout
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def resumed(package: Path, recipe: Path, storage: Path) -> RunDirectory:
-    """A run that was killed, with all its processes, once it had its pairs, and then resumed."""
-    run = RunDirectory(str(storage), "shorter")
-    job = start_calm_ray(package, "align", recipe)
-    while job.poll() is None and not run.stage(1, "pairs").is_finished:
-        time.sleep(0.2)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.communicate()
-    assert not run.storage.exists("finished.json")
-    before = run.storage.read("rounds/1/pairs/stage.json")
+def run(package: Path, recipe: Path, storage: Path) -> RunDirectory:
     calm_ray(package, "align", recipe)
-    assert run.storage.read("rounds/1/pairs/stage.json") == before
-    return run
+    return RunDirectory(str(storage), "shorter")
 
 
 def test_plugin_runs_only_if_the_recipe_allows_it(package: Path, recipe: Path) -> None:
@@ -93,19 +75,19 @@ def test_plan_counts_the_plugins_pairs(package: Path, recipe: Path) -> None:
 
 
 @pytest.mark.slow
-def test_round_trains_on_the_plugins_pairs(resumed: RunDirectory) -> None:
-    rows = rows_of(resumed.stage(1, "pairs").read())
+def test_round_trains_on_the_plugins_pairs(run: RunDirectory) -> None:
+    rows = rows_of(run.stage(1, "pairs").read())
     assert rows
     assert all(len(row["rejected_token_ids"]) - len(row["chosen_token_ids"]) >= 2 for row in rows)
-    assert resumed.summary["rounds"][1]["pairs"] == len(rows)
-    policy = resumed.policy(1)
+    assert run.summary["rounds"][1]["pairs"] == len(rows)
+    policy = run.policy(1)
     assert policy.name != "base"
-    assert {row["policy"] for row in rows_of(resumed.stage(1, "evaluate").read())} == {policy.name}
+    assert {row["policy"] for row in rows_of(run.stage(1, "evaluate").read())} == {policy.name}
 
 
 @pytest.mark.slow
-def test_changed_plugin_source_invalidates_the_run(package: Path, recipe: Path, resumed: RunDirectory) -> None:
-    (name, fingerprint), *others = resumed.storage.read_json("config.json")["config"]["plugins"].items()
+def test_changed_plugin_source_invalidates_the_run(package: Path, recipe: Path, run: RunDirectory) -> None:
+    (name, fingerprint), *others = run.storage.read_json("config.json")["config"]["plugins"].items()
     assert (name, others) == ("shorter", [])
     assert len(fingerprint["sha256"]) == 64
     source = package.read_text()
@@ -120,15 +102,15 @@ def test_changed_plugin_source_invalidates_the_run(package: Path, recipe: Path, 
 
 
 @pytest.mark.slow
-def test_changed_plugin_setting_invalidates_its_step(package: Path, recipe: Path, resumed: RunDirectory) -> None:
+def test_changed_plugin_setting_invalidates_its_step(package: Path, recipe: Path, run: RunDirectory) -> None:
     output = calm_ray(package, "align", recipe, "short.difference=3", code=2)
     assert "short.difference: 2 in the run, 3 in the recipe" in output
     assert "--redo" in output
 
 
 @pytest.mark.slow
-def test_show_needs_permission_to_run_the_plugin(package: Path, resumed: RunDirectory) -> None:
-    assert "--plugins shorter" in calm_ray(package, "show", resumed.uri, code=2)
-    output = calm_ray(package, "show", resumed.uri, "--plugins", "shorter")
+def test_show_needs_permission_to_run_the_plugin(package: Path, run: RunDirectory) -> None:
+    assert "--plugins shorter" in calm_ray(package, "show", run.uri, code=2)
+    output = calm_ray(package, "show", run.uri, "--plugins", "shorter")
     assert "chosen" in output
     assert "rejected" in output

@@ -30,7 +30,7 @@ class FitOptions(DataStep):
     settings: RunSettings
     scores: ReferenceScores
 
-    name = "options"
+    name = "option_targets"
     columns: ClassVar[tuple[Column, ...]] = (Column("options", lambda entry: str(entry.get("options", 0))),)
 
     @property

@@ -186,7 +186,8 @@ def test_methods_do_not_reuse_each_others_training_data(before: str, after: str)
     assert {"1/train", "1/evaluate"} <= set(invalid)
     assert "0/evaluate" not in invalid
     shares_pairs = [{"calm", "sft"}, {"dpo_gold", "sft_gold"}]
-    assert ("1/pairs" in invalid) == ({before, after} not in shares_pairs)
+    examples = "option_targets" if before == "dco_gold" else "pairs"
+    assert (f"1/{examples}" in invalid) == ({before, after} not in shares_pairs)
 
 
 def test_changing_the_answer_extraction_discards_answers() -> None:
