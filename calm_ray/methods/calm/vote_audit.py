@@ -101,4 +101,4 @@ def print_vote_audit(audit: Mapping[str, Any], languages: list[str]) -> None:
             )
         return f"Consider {' or '.join(found)}" if found else "The languages know too different things for a vote"
 
-    print_audit(audit["report"], audit[TARGET], RAW, languages, advice)
+    print_audit(audit["report"], audit[TARGET], languages, advice)

@@ -89,7 +89,7 @@ class AuditTarget(Step):
                 experts = Experts(gamma, settings.train.beta, own_means, self.dco.target, settings.seed)
                 target = worth_of(sum_over_chunks(TargetCounter(counter, experts).count, chunks), TARGET)
             if round.number:
-                print_audit(report, target, kind, languages, advice)
+                print_audit(report, target, languages, advice)
         files = []
         if calibrates(settings):
             output.storage.write_json(MEANS, means or {})

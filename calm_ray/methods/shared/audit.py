@@ -149,35 +149,42 @@ def better_sources(report: Report, target: Worth, languages: Sequence[str]) -> l
 
 
 def print_audit(
-    report: Report, target: Worth | None, kind: str, languages: Sequence[str], advice: Callable[[str, str], str]
+    report: Report, target: Worth | None, languages: Sequence[str], advice: Callable[[str, str], str]
 ) -> None:
-    """Prints the sources, raw and calibrated, with the target among its `kind`, and warns about a poor target.
+    """Prints the target and its sources, raw and calibrated, and warns about a poor target.
 
     `advice` returns what to set so that the target comes close to a source, by kind and name.
     """
-    for name in report:
-        console.print(_table(name, report[name], target if name == kind else None, languages))
+    console.print(_table(report, target, languages))
     if target is not None and (better := better_sources(report, target, languages)):
         kind, name, accuracy = better[0]
         known = f"the target is right in {percent(target['accuracy'])} percent of the questions"
         say(f"  warning: {known}, but {name} ({kind}) in {percent(accuracy)}. {advice(kind, name)}")
 
 
-def _table(kind: str, sources: Mapping[str, Worth], target: Worth | None, languages: Sequence[str]) -> Table:
-    pools = [name for name in sources if name not in languages and WITHOUT not in name]
-    table = plain_table(f"what the target is worth on the questions to train on, {kind}, percent")
+def _table(report: Report, target: Worth | None, languages: Sequence[str]) -> Table:
+    kinds = list(report.values())
+    pools = [name for name in kinds[0] if name not in languages and WITHOUT not in name]
+    table = plain_table(f"what the target is worth on the questions to train on, percent ({' / '.join(report)})")
     table.add_column("")
     for column in ("accuracy", "agreement", "confidence", *(f"{pool}\nwithout it" for pool in pools)):
         table.add_column(column, justify="right", no_wrap=True)
     for name in (*languages, *pools):
-        without = [sources.get(f"{pool}{WITHOUT}{name}") for pool in pools]
-        table.add_row(
-            name, *_cells(sources[name]), *("" if one is None else percent(one["accuracy"]) for one in without)
-        )
+        others = [_accuracies([kind.get(f"{pool}{WITHOUT}{name}") for kind in kinds]) for pool in pools]
+        own = [kind[name] for kind in kinds]
+        table.add_row(name, *_cells(own), *others)
     if target is not None:
-        table.add_row(TARGET, *_cells(target), style="bold")
+        table.add_row(TARGET, *_cells([target]), style="bold")
     return table
 
 
-def _cells(worth: Worth) -> list[str]:
-    return [percent(value) for value in (worth["accuracy"], worth["agreement"], worth["confidence"])]
+def _cells(worths: Sequence[Worth]) -> list[str]:
+    agreement, confidence = (
+        " / ".join(percent(value) for value in values)
+        for values in zip(*((worth["agreement"], worth["confidence"]) for worth in worths), strict=True)
+    )
+    return [_accuracies(worths), agreement, confidence]
+
+
+def _accuracies(worths: Sequence[Worth | None]) -> str:
+    return " / ".join(percent(worth["accuracy"]) for worth in worths if worth is not None)
