@@ -14,6 +14,7 @@ import pytest
 
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Completion, Pair, Question, Scored, table
+from calm_ray.packing.batch import Branch
 from calm_ray.questions.reader import load_questions
 from calm_ray.questions.records import read_records
 from calm_ray.recipes.files import RECIPES
@@ -21,7 +22,7 @@ from calm_ray.recipes.tables import tables_of
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
-from calm_ray.training.trees import Branch, Comparison, Tree
+from calm_ray.training.trees import Comparison, Tree
 
 
 def question(question_id: str = "q1", language: str = "en", choices: int = 4, gold: str | None = None) -> Question:

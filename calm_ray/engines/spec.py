@@ -10,6 +10,13 @@ from calm_ray.run.policies import RunModel
 ENGINE_GPU_FRACTION = 0.6
 
 
+SIZES = frozenset((
+    "block_size", "enable_prefix_caching", "gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len",
+    "max_num_batched_tokens", "max_num_seqs",
+))  # fmt: skip
+"""Arguments of vLLM that do not change what a model computes."""
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """Everything an engine actor needs to start."""
@@ -21,6 +28,11 @@ class EngineSpec:
     seed: int
     is_colocated: bool = False
     """Shares its GPUs with training workers and sleeps while they work."""
+
+    @property
+    def may_score_with_torch(self) -> bool:
+        """Whether the engine's arguments leave the model as it is in its files."""
+        return self.device == "cpu" and self.engines.args.keys() <= SIZES
 
     @property
     def uses_adapters(self) -> bool:

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from calm_ray.core.rows import BASE_POLICY
 from calm_ray.engines.generator import Decoding, Generated, Likelihoods
 from calm_ray.engines.spec import EngineSpec
+from calm_ray.engines.torch_scorer import TorchScorer
+from calm_ray.packing.attention import keeps_branches_apart
 from calm_ray.run.policies import Policy, evict_policies, require_safetensors
 
 
@@ -27,7 +29,9 @@ class VLLMGenerator:
         require_safetensors(self._folder)
         self._llm = LLM(**engine_args(spec, self._folder))
         self._adapter: Any = None
+        self._scorer = self._torch_scorer()
         self.policy = BASE_POLICY
+        self._policy = Policy()
         self.steps = 0
         """Engine steps so far. A busy engine is alive as long as this grows."""
         self.is_at_work = False
@@ -38,7 +42,7 @@ class VLLMGenerator:
         step = self._llm.llm_engine.step
 
         def counted() -> Any:
-            self.steps += 1
+            self._count_step()
             return step()
 
         self._llm.llm_engine.step = counted
@@ -60,7 +64,7 @@ class VLLMGenerator:
             self._swap_adapter(policy)
         else:
             self._reload_weights(policy)
-        self.policy = policy.name
+        self.policy, self._policy = policy.name, policy
         evict_policies({policy.name})
 
     def _swap_adapter(self, policy: Policy) -> None:
@@ -114,7 +118,8 @@ class VLLMGenerator:
         jobs = list(zip(prompts, candidates, strict=True))
         by_label = [not with_prompt and _are_labels(group) for group in candidates]
         labels = iter(self._score_labels([job for job, is_label in zip(jobs, by_label, strict=True) if is_label]))
-        texts = iter(self._score_texts([job for job, is_label in zip(jobs, by_label, strict=True) if not is_label]))
+        score_texts = self._score_texts if with_prompt or self._scorer is None else self._score_with_torch
+        texts = iter(score_texts([job for job, is_label in zip(jobs, by_label, strict=True) if not is_label]))
         scored = [next(labels) if is_label else next(texts) for is_label in by_label]
         return scored if with_prompt else [Likelihoods(one.logps) for one in scored]
 
@@ -131,7 +136,10 @@ class VLLMGenerator:
             yield Likelihoods([logprobs[label].logprob for (label,) in candidates])
 
     def _score_texts(self, jobs: Sequence[tuple[list[int], list[list[int]]]]) -> Iterator[Likelihoods]:
-        """Scores candidates of any length: one request per candidate, for the prompt logprobs of both together."""
+        """Scores candidates of any length: one request per candidate, for the prompt logprobs of both together.
+
+        vLLM computes the prompt again for every candidate: its prefix cache has no logprobs of prompts.
+        """
         from vllm import SamplingParams
 
         whole = [prompt + candidate for prompt, candidates in jobs for candidate in candidates]
@@ -145,6 +153,26 @@ class VLLMGenerator:
                 prompt_logp = sum(each[: len(prompt) - 1])
                 logps.append(sum(each[len(prompt) - 1 :]))
             yield Likelihoods(logps, prompt_logp)
+
+    def _score_with_torch(self, jobs: Sequence[tuple[list[int], list[list[int]]]]) -> Iterator[Likelihoods]:
+        """Like `_score_texts`, with every prompt computed once."""
+        assert self._scorer is not None
+        self.is_at_work = True
+        try:
+            yield from map(Likelihoods, self._scorer.score(self._policy, jobs))
+        finally:
+            self.is_at_work = False
+
+    def _torch_scorer(self) -> TorchScorer | None:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+        if not self._spec.may_score_with_torch or not keeps_branches_apart(config):
+            return None
+        return TorchScorer(self._spec.model, self._spec.engines.dtype, self._count_step)
+
+    def _count_step(self) -> None:
+        self.steps += 1
 
     def _generate(self, prompts: Sequence[list[int]], params: Any) -> list[Any]:
         from vllm.inputs import TokensPrompt

@@ -259,13 +259,12 @@ class HostMemory:
 def host_memory(config: Config, shape: Shape, engine: EngineMemory, worker: WorkerMemory) -> HostMemory:
     """Host memory of the processes, excluding Ray's object store and the system."""
     engines, size = config.engines, config.engines.tensor_parallel_size
-    node = (
-        BYTES[engines.dtype] * shape.parameters
-        if config.engines.merges_adapters(config.train.lora, config.device)
-        else 0
-    )
+    merges = engines.merges_adapters(config.train.lora, config.device)
+    node = BYTES[engines.dtype] * shape.parameters if merges else 0
     if config.device == "cpu":
-        return HostMemory(ENGINE_PROCESS + engine.weights, WORKER_PROCESS + worker.total, node)
+        # Candidates of several tokens are scored by a second copy of the model.
+        copies = 1 if config.candidates is None or config.candidates.form == "letters" else 2
+        return HostMemory(ENGINE_PROCESS + copies * engine.weights, WORKER_PROCESS + worker.total, node)
     asleep = size * engine.weights if config.placement == "colocate" else 0  # sleeping engines offload weights
     saving = 0 if config.train.lora is not None else min(SAVED_FILE, BYTES["bfloat16"] * shape.parameters)
     return HostMemory(size * GPU_PROCESS + asleep, GPU_PROCESS + saving, node)

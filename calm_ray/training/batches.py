@@ -1,4 +1,4 @@
-"""From trees to packed batches: which trees a step takes, which worker computes them, and their memory layout.
+"""Which trees a step takes, which worker computes them, and in how many forward passes.
 
 A step takes `batch_pairs` trees across all workers. The number of workers and the size of a forward pass affect only
 where a tree is computed, never which trees a step takes or how they are weighted.
@@ -6,80 +6,9 @@ where a tree is computed, never which trees a step takes or how they are weighte
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from calm_ray.core.seeds import derive_seed, rng_of
-from calm_ray.training.trees import Branch, Tree
-
-IGNORED = -100
-"""Label of unscored positions."""
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """N branches in tree order, each after its prompt, concatenated into one row of T tokens without padding.
-
-    `labels` are shifted: position t holds the token that position t predicts, or IGNORED.
-    """
-
-    input_ids: Tensor
-    """[1, T]"""
-    position_ids: Tensor
-    """[1, T], from 0 in each sequence."""
-    labels: Tensor
-    """[1, T]"""
-    sequence_ids: Tensor
-    """[T], the sequence of each token."""
-    boundaries: Tensor
-    """[N + 1], int32, the start of each sequence, then T."""
-    longest: int
-    completion_lengths: Tensor
-    """[N], float, number of scored tokens."""
-
-    def to(self, device: torch.device) -> PackedBatch:
-        tensors = {name: value for name, value in self.__dict__.items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        return replace(self, **moved)
-
-
-def pack(trees: Sequence[Tree]) -> PackedBatch:
-    """Concatenates the trees' branches, each after its own copy of the prompt."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    labels: list[int] = []
-    owners: list[int] = []
-    boundaries = [0]
-    lengths: list[int] = []
-    for number, (prompt, branch) in enumerate((tree.prompt, branch) for tree in trees for branch in tree.branches):
-        sequence = prompt + branch.tokens
-        tokens += sequence
-        positions += range(len(sequence))
-        labels += [IGNORED] * (len(prompt) - 1) + _labels(branch) + [IGNORED]
-        owners += [number] * len(sequence)
-        boundaries.append(len(tokens))
-        lengths.append(branch.scored_tokens)
-    return PackedBatch(
-        input_ids=torch.tensor([tokens]),
-        position_ids=torch.tensor([positions]),
-        labels=torch.tensor([labels]),
-        sequence_ids=torch.tensor(owners),
-        boundaries=torch.tensor(boundaries, dtype=torch.int32),
-        longest=max(end - start for start, end in itertools.pairwise(boundaries)),
-        completion_lengths=torch.tensor(lengths, dtype=torch.float32),
-    )
-
-
-def _labels(branch: Branch) -> list[int]:
-    """The branch's tokens, IGNORED where unscored."""
-    if branch.scored is None:
-        return branch.tokens
-    return [token if scored else IGNORED for token, scored in zip(branch.tokens, branch.scored, strict=True)]
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

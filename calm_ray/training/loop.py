@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from calm_ray.core.rows import ReferenceLogps
 from calm_ray.run.policies import Policy, publish
 from calm_ray.training import checkpoint
-from calm_ray.training.batches import epoch_order, is_validation, pack, worker_packs
+from calm_ray.training.batches import epoch_order, is_validation, worker_packs
 from calm_ray.training.checkpoint import Position
 from calm_ray.training.checkpoint_triggers import PreemptedNodes, PreemptionNotices, Timer, no_preemptions
 from calm_ray.training.job import TrainJob
@@ -95,7 +95,7 @@ class Trainer:
 
     def packs(self, examples: Sequence[Tree]) -> list[list[Tree]]:
         """This worker's packs of `examples`; the same number on every worker."""
-        sizes = [example.tokens for example in examples]
+        sizes = [self.policy_model.tokens(example) for example in examples]
         packs = worker_packs(sizes, self.rank, self.world, self.job.train.pack_tokens)
         return [[examples[i] for i in pack] for pack in packs]
 
@@ -229,7 +229,7 @@ class Trainer:
     def losses(self, trees: Sequence[Tree]) -> tuple[Tensor, Tensor]:
         """Loss of each tree, [B], and the sums for their metrics."""
         objective, device = self.job.objective, self.policy_model.device
-        batch = pack(trees).to(device)
+        batch = self.policy_model.pack(trees)
         ref_logps = None
         if self.ref_logps:
             known = [value for tree in trees for value in self.ref_logps[tree.key]]
@@ -256,7 +256,7 @@ class Trainer:
             for trees in portions:
                 rows: list[ReferenceLogps] = []
                 for part in self.packs(trees):
-                    batch = pack(part or [trees[0]]).to(self.policy_model.device)
+                    batch = self.policy_model.pack(part or [trees[0]])
                     rows += rows_of_batch(part, self.policy_model.logps(batch), self.job.reference)
                     if time.monotonic() - last > PROGRESS_SECONDS:
                         last = time.monotonic()

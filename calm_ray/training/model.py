@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,9 +30,9 @@ from trl.trainer import add_fused_lm_head, disable_dropout_in_model
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import Lora, Train
 from calm_ray.core.seeds import derive_seed
+from calm_ray.packing import attention
+from calm_ray.packing.batch import PackedBatch, Row, pack, packed_tokens
 from calm_ray.run.policies import Policy
-from calm_ray.training import attention
-from calm_ray.training.batches import PackedBatch
 
 SHARD_BYTES = 4 << 30
 """Size of a saved weights file, and so the most the saving worker holds at a time."""
@@ -51,6 +50,8 @@ class PolicyModel:
         self._varlen = train.attention in (attention.VARLEN, "flash_attention_2")
         dtype = getattr(torch, train.dtype) if train.lora is not None else torch.float32
         base = empty_model(folder, train, dtype)
+        on_cpu = train.attention == attention.VARLEN and device.type == "cpu"
+        self._shares_prompts = on_cpu and attention.keeps_branches_apart(base.config)
         add_fused_lm_head(base)
         disable_dropout_in_model(base)
         layers = decoder_layers(base)
@@ -78,18 +79,22 @@ class PolicyModel:
             full = adapter[name] if adapter is not None else fresh_lora(name, parameter.shape, seed)
             _assign(parameter, full)
 
+    def pack(self, rows: Sequence[Row]) -> PackedBatch:
+        """Packs rows on the model's device, with prompts once where its attention allows it."""
+        return pack(rows, share_prompts=self._shares_prompts).to(self.device)
+
+    def tokens(self, row: Row) -> int:
+        """Number of tokens that `pack` lays out for a row."""
+        return packed_tokens(row, share_prompts=self._shares_prompts)
+
     def logps(self, batch: PackedBatch) -> Tensor:
-        """Summed log-probability of each sequence's completion, [N] float32, in nats."""
-        extra: dict[str, Any] = {}
-        if self._varlen:
-            lengths = {"cu_seq_lens": batch.boundaries, "max_length": batch.longest}
-            extra = {f"{name}_{side}": value for name, value in lengths.items() for side in ("q", "k")}
+        """Summed log-probability of each branch, [N] float32, in nats."""
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             shift_labels=batch.labels,
             fused_lm_head=True,
-            **extra,
+            **(attention.arguments(batch) if self._varlen else {}),
         )
         sums = torch.zeros(len(batch.completion_lengths), dtype=torch.float32, device=self.device)
         return sums.index_add(0, batch.sequence_ids, output.log_probs[0].float())

@@ -12,23 +12,11 @@ from typing import Any
 
 from calm_ray.core.errors import CalmRayError
 from calm_ray.core.rows import Dialogue, OptionTargets, Pair, rows_of
+from calm_ray.packing.batch import Branch
 from calm_ray.run.stage import Stage
 
 Key = tuple[str, str, int]
 """Question, language and number of a row."""
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One continuation of a prompt."""
-
-    tokens: list[int]
-    scored: list[bool] | None = None
-    """Mask of the scored tokens; None scores all of them."""
-
-    @property
-    def scored_tokens(self) -> int:
-        return len(self.tokens) if self.scored is None else sum(self.scored)
 
 
 @dataclass(frozen=True)
@@ -58,11 +46,6 @@ class Tree:
     @property
     def key(self) -> Key:
         return self.question_id, self.language, self.number
-
-    @property
-    def tokens(self) -> int:
-        """Total over all branches, each with its own copy of the prompt."""
-        return sum(len(self.prompt) + len(branch.tokens) for branch in self.branches)
 
     @property
     def longest(self) -> int:

@@ -19,10 +19,10 @@ from transformers import AutoTokenizer
 from calm_ray.core.sections import Engines, Lora, Train
 from calm_ray.demo.atlas.questions import build_atlas
 from calm_ray.engines.spec import EngineSpec
+from calm_ray.packing.batch import pack
 from calm_ray.prompts.candidates import CandidateForm, as_choices
 from calm_ray.run.policies import Policy, RunModel, publish
 from calm_ray.run.storage import Storage
-from calm_ray.training.batches import pack
 from calm_ray.training.model import PolicyModel
 
 LORA = Lora(r=16, alpha=32, targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])

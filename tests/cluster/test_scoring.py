@@ -18,10 +18,10 @@ from calm_ray.core.sections import Engines, Lora, Train
 from calm_ray.engines.generator import Likelihoods
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.vllm import MAX_LABELS
+from calm_ray.packing.batch import pack
 from calm_ray.run.policies import Policy, RunModel, publish
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
-from calm_ray.training.batches import pack
 from calm_ray.training.model import PolicyModel
 
 LORA = Lora(r=8, alpha=16, targets=["q_proj", "v_proj", "down_proj"])

@@ -14,9 +14,9 @@ from factories import tiny_model, token_pair
 from transformers import AutoModelForCausalLM
 
 from calm_ray.core.sections import Lora, Train
+from calm_ray.packing.batch import pack
 from calm_ray.run.policies import Policy
 from calm_ray.testing import word_tokenizer, write_tiny_model
-from calm_ray.training.batches import pack
 from calm_ray.training.model import PolicyModel
 from calm_ray.training.trees import Tree, tree_of_pair
 

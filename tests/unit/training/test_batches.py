@@ -2,40 +2,25 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 from factories import pairs_stage, token_pair, tree
 from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_ray.core.errors import CalmRayError
 from calm_ray.core.rows import Dialogue, table
+from calm_ray.packing.batch import IGNORED, Branch, pack, packed_tokens
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.training.batches import (
-    IGNORED,
     assign,
     epoch_order,
     is_validation,
-    pack,
     split_into_packs,
     worker_packs,
 )
-from calm_ray.training.trees import Branch, Comparison, read_trees, tree_of_dialogue, tree_of_pair
+from calm_ray.training.trees import Comparison, read_trees, tree_of_dialogue, tree_of_pair
 
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=40)
-
-
-def test_packed_layout() -> None:
-    batch = pack([tree([7, 8], [1, 2], [3]), tree([9], [4], [5], number=1)])
-    assert batch.input_ids.tolist() == [[7, 8, 1, 2, 7, 8, 3, 9, 4, 9, 5]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 1]]
-    # Position t is labeled with the token it predicts; prompts and sequence ends are not scored.
-    x = IGNORED
-    assert batch.labels.tolist() == [[x, 1, 2, x, x, 3, x, 4, x, 5, x]]
-    assert batch.sequence_ids.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3]
-    assert batch.boundaries.tolist() == [0, 4, 7, 9, 11]
-    assert batch.longest == 4
-    assert batch.completion_lengths.tolist() == [2, 1, 1, 1]
 
 
 def test_supervised_training_drops_the_rejected_side() -> None:
@@ -45,7 +30,8 @@ def test_supervised_training_drops_the_rejected_side() -> None:
     assert [branch.tokens for branch in both.branches] == [row["chosen_token_ids"], row["rejected_token_ids"]]
     assert both.comparisons == (Comparison(0, 1),)
     assert chosen.comparisons == ()
-    assert both.tokens == 2 * len(row["prompt_token_ids"]) + sum(len(branch.tokens) for branch in both.branches)
+    tokens = 2 * len(row["prompt_token_ids"]) + sum(len(branch.tokens) for branch in both.branches)
+    assert packed_tokens(both, share_prompts=False) == tokens
 
 
 def test_dialogue_is_one_partly_scored_branch() -> None:
@@ -116,12 +102,3 @@ def test_validation_takes_a_fraction_of_the_questions() -> None:
     drawn = [is_validation(f"q{i}", 0.06, seed=0) for i in range(5000)]
     assert 0.05 < sum(drawn) / len(drawn) < 0.07
     assert not any(is_validation(f"q{i}", 0.0, seed=0) for i in range(100))
-
-
-def test_pack_handles_any_lengths() -> None:
-    rng = random.Random(0)
-    trees = [tree(*([9] * rng.randint(1, 9) for _ in range(3))) for _ in range(20)]
-    batch = pack(trees)
-    assert batch.input_ids.shape[1] == sum(each.tokens for each in trees)
-    assert int((batch.labels != IGNORED).sum()) == int(batch.completion_lengths.sum())
-    assert torch.equal(batch.boundaries[1:] - batch.boundaries[:-1], torch.bincount(batch.sequence_ids).int())

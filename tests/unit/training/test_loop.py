@@ -21,13 +21,13 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from calm_ray.core.errors import InputError
 from calm_ray.core.rows import Dialogue
 from calm_ray.core.sections import Lora, Train
+from calm_ray.packing.batch import PackedBatch, pack
 from calm_ray.prompts.rendering import encode_dialogue
 from calm_ray.run.policies import Policy, RunModel, publish
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.testing import word_tokenizer, write_tiny_model
 from calm_ray.training import loop
-from calm_ray.training.batches import PackedBatch, pack
 from calm_ray.training.job import TrainJob
 from calm_ray.training.loop import Trainer
 from calm_ray.training.model import PolicyModel
@@ -133,6 +133,22 @@ def test_pack_size_does_not_change_loss_or_gradients(folder: Path, tmp_path: Pat
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
     for other in gradients[1:]:
         assert torch.linalg.norm(other - gradients[0]) <= 1e-5 * torch.linalg.norm(gradients[0])
+
+
+def test_shared_prompts_do_not_change_loss_or_gradients(folder: Path, tmp_path: Path) -> None:
+    rows = [*random_trees(4), tree([5, 6, 7], [8, 1], [9, 9, 1], question_id="q9")]
+    losses, gradients = [], []
+    for shares in (True, False):
+        train = settings(sft_weight=0.5)
+        model = load_model(folder, train)
+        assert model._shares_prompts
+        model._shares_prompts = shares
+        trainer = make_trainer(model, folder, tmp_path / str(shares), train)
+        trainer.ref_logps = trainer.reference_logps(rows)
+        losses.append(loss_of(trainer, rows))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.trainable() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert torch.linalg.norm(gradients[0] - gradients[1]) <= 1e-5 * torch.linalg.norm(gradients[1])
 
 
 def test_new_adapter_changes_nothing_and_first_loss_is_ln_2(folder: Path, tmp_path: Path) -> None:
@@ -301,7 +317,7 @@ def test_loss_and_gradients_match_trl(folder: Path, tmp_path: Path, monkeypatch:
 
 
 def test_varlen_attention_respects_sliding_windows() -> None:
-    from calm_ray.training.attention import varlen_attention
+    from calm_ray.packing.attention import varlen_attention
 
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)

@@ -20,13 +20,13 @@ from calm_ray.core.sections import Lora, Train
 from calm_ray.demo.atlas import model as atlas_model_module
 from calm_ray.demo.atlas.model import atlas_model
 from calm_ray.demo.atlas.questions import build_atlas
+from calm_ray.packing.batch import Branch, pack
 from calm_ray.prompts.candidates import CandidateForm, as_choices
 from calm_ray.prompts.rendering import encode_prompt
 from calm_ray.run.merging import merge
 from calm_ray.run.policies import Policy
-from calm_ray.training.batches import pack
 from calm_ray.training.model import PolicyModel
-from calm_ray.training.trees import Branch, Tree
+from calm_ray.training.trees import Tree
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOLERANCE = 2e-3
