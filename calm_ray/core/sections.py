@@ -178,9 +178,10 @@ class Engines(Section):
 class Candidates(Section):
     """Answers that are ranked by their log-probability under the policy instead of being generated (DCO, Section 5)."""
 
-    form: Literal["letters", "choices", "samples", "world"] = "letters"
+    form: Literal["letters", "choices", "answers", "samples", "world"] = "letters"
     """What the candidates are. `letters`: the letters of the choices, which the prompt lists. `choices`: the texts of
-    the choices, after the question or in place of a cloze's `<mask>`. `samples`: answers sampled from the policy in any
+    the choices, after the question or in place of a cloze's `<mask>`. `answers`: the texts of the choices after the
+    question and, on a new line, the word for answer in its language. `samples`: answers sampled from the policy in any
     language, translated into the others. `world`: the demo world's answers as text."""
     score: Literal["sum", "per_char", "per_byte", "mean_full"] = "sum"
     """How candidates are scored: the summed log-probability of their tokens (`sum`, acc of lm-evaluation-harness), that

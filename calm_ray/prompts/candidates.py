@@ -59,7 +59,14 @@ def as_choices(question: Question) -> Asked:
     return Asked(before.rstrip(), list(question["choices"]), texts)
 
 
-FORMS: dict[str, Callable[[Question], Asked]] = {"letters": as_letters, "choices": as_choices}
+def as_answers(question: Question) -> Asked:
+    """The question and the answer marker, followed by a choice."""
+    language = LANGUAGES[question["language"]]
+    texts = [f"{language.space}{choice}" for choice in question["choices"]]
+    return Asked(f"{question['text']}\n{language.answer}", list(question["choices"]), texts)
+
+
+FORMS: dict[str, Callable[[Question], Asked]] = {"letters": as_letters, "choices": as_choices, "answers": as_answers}
 """Forms that need only the question."""
 
 

@@ -80,6 +80,13 @@ def test_choices_follow_the_question() -> None:
     assert (found["prompt"], found["texts"]) == ("哪个城市？", ["巴黎", "罗马"])
 
 
+def test_answers_follow_the_answer_marker() -> None:
+    found = candidates(question_with("Which city?", ["Paris", "Rome"]), "answers")
+    assert (found["prompt"], found["texts"]) == ("Which city?\nAnswer:", [" Paris", " Rome"])
+    found = candidates(question_with("哪个城市？", ["巴黎", "罗马"], "zh"), "answers")
+    assert (found["prompt"], found["texts"]) == ("哪个城市？\n答案：", ["巴黎", "罗马"])
+
+
 @pytest.mark.parametrize(
     ("text", "prompt", "texts"),
     [
@@ -97,7 +104,7 @@ def test_choice_replaces_the_mask_and_its_leading_space(text: str, prompt: str, 
 
 
 @pytest.mark.parametrize("language", CITIES)
-@pytest.mark.parametrize("form", ["letters", "choices"])
+@pytest.mark.parametrize("form", ["letters", "choices", "answers"])
 @pytest.mark.parametrize("across_words", [False, True])
 def test_tokens_match_those_of_prompt_plus_candidate(language: str, form: str, across_words: bool) -> None:
     row = question_with(*CITIES[language], language)
