@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import Train
-from calm_ray.training import attention
+from calm_ray.packing import attention
 from calm_ray.training.model import decoder_layers, empty_model, lora_config, require_weights
 
 

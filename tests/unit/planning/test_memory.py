@@ -17,6 +17,7 @@ from calm_ray.config import Config
 from calm_ray.core.errors import InputError
 from calm_ray.core.sections import Lora, Train
 from calm_ray.demo import pretraining
+from calm_ray.packing import attention
 from calm_ray.planning.memory import (
     CUDA_ALLOWANCE,
     engine_memory,
@@ -27,7 +28,6 @@ from calm_ray.planning.memory import (
 )
 from calm_ray.planning.model_shape import DEMO_SHAPES, Shape, shape_of, shape_of_config, shape_of_folder, shape_of_name
 from calm_ray.recipes.load import load_config
-from calm_ray.training import attention
 
 LLAMA3_8B = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
