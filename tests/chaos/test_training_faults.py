@@ -141,7 +141,7 @@ def test_permanent_error_is_not_retried(inputs: Path, tmp_path: Path) -> None:
     rows: Rows = []
     with pytest.raises(StorageError, match=r"reference\.parquet could not be written"):
         train_round(train_job(inputs, tmp_path), "cpu", rows.append)
-    assert rows == []  # a retry would have reported `lost`
+    assert not any("lost" in row for row in rows)
 
 
 @pytest.mark.usefixtures("ray_8_cpus")

@@ -26,7 +26,7 @@ from calm_ray.run.storage import Storage
 from calm_ray.training.model import PolicyModel
 
 LORA = Lora(r=16, alpha=32, targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
-EXACT, ROUNDED = 5e-3, 0.3
+EXACT, ROUNDED = 5e-3, 0.6
 """Largest differences of a candidate's log-probability, in nats: with adapters in float32, and where an adapter was
 merged into bfloat16 weights."""
 
@@ -47,7 +47,7 @@ def policies(trainer: PolicyModel, tmp_path_factory: pytest.TempPathFactory) -> 
         trainer.load(Policy(), seed=number)
         for name, parameter in trainer.adapter_parameters():
             if ".lora_B." in name:
-                parameter.detach().to_local().normal_(std=0.02)  # type: ignore[attr-defined]
+                parameter.detach().to_local().normal_(std=0.04)  # type: ignore[attr-defined]
         trainer.save(folder / str(number))
         found.append(publish(folder / str(number), Storage(str(folder)), f"published/{number}", number, "adapter"))
     return found

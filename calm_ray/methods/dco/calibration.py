@@ -17,6 +17,8 @@ from calm_ray.evaluation.scores import Scores, Tables
 
 Means = dict[str, dict[str, dict[str, float]]]
 """Mean log-probability (nats) of each candidate, by language, subject ("" if it has none) and the candidate's text."""
+PRIOR = 1.0
+"""Questions that the mean of a subject counts for, beside those that a candidate stands in."""
 COLUMNS = ["question_id", "subject", "choices", "logps", "right"]
 """The columns of `Scored` that calibration needs."""
 
@@ -33,14 +35,24 @@ def candidate_sums(scored: Tables) -> Counter[str]:
     return sums
 
 
-def means_of(sums: Mapping[str, float]) -> Means:
-    """Returns the means of all chunks, from their added sums and counts."""
-    means: Means = {}
+def means_of(sums: Mapping[str, float], prior: float = PRIOR) -> Means:
+    """Returns the means of all chunks, from their added sums and counts.
+
+    The mean of a few questions is noisy and holds what is to be learned from each of them, so it is shrunk toward the
+    mean of the subject's candidates, as if every candidate had stood in `prior` more questions with that mean.
+    """
+    totals: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
     for key, total in sums.items():
         language, subject, choice, kind = json.loads(key)
         if kind == "sum":
             count = sums[json.dumps([language, subject, choice, "count"])]
-            means.setdefault(language, {}).setdefault(subject, {})[choice] = total / count
+            totals.setdefault((language, subject), {})[choice] = total, count
+    means: Means = {}
+    for (language, subject), found in totals.items():
+        middle = sum(total for total, _ in found.values()) / sum(count for _, count in found.values())
+        means.setdefault(language, {})[subject] = {
+            choice: (total + prior * middle) / (count + prior) for choice, (total, count) in found.items()
+        }
     return means
 
 

@@ -27,7 +27,7 @@ def test_a_candidate_is_compared_with_its_own_mean() -> None:
         ({"euro": -1.0, "dirham marocain": -9.0}, None),
         ({"euro": -2.0, "dirham marocain": -5.0}, None),
     )  # fmt: skip
-    means = means_of(candidate_sums(data))
+    means = means_of(candidate_sums(data), prior=0)
     assert means == {"fr": {"": {"euro": -1.5, "dirham marocain": -7.0}}}
     scores = scores_of(data)
     assert scores.answers.tolist() == [[0, 0]]
@@ -41,8 +41,14 @@ def test_means_are_by_subject_and_add_up_over_chunks() -> None:
     second = rows(({"A": -3.0, "B": -1.0}, "history"))
     sums = candidate_sums(first)
     sums.update(candidate_sums(second))
-    assert means_of(sums) == {"fr": {"history": {"A": -2.0, "B": -2.0}, "law": {"A": -5.0, "B": -5.0}}}
+    assert means_of(sums, prior=0) == {"fr": {"history": {"A": -2.0, "B": -2.0}, "law": {"A": -5.0, "B": -5.0}}}
     assert mean_recurrence(sums) == pytest.approx(6 / 4)
+
+
+def test_means_of_few_questions_are_shrunk_toward_their_subject() -> None:
+    data = rows(({"A": -1.0, "B": -3.0}, None), ({"A": -2.0, "C": -6.0}, None))  # -3 in the mean
+    means = means_of(candidate_sums(data), prior=1)["fr"][""]
+    assert means == pytest.approx({"A": (-1 - 2 - 3) / 3, "B": (-3 - 3) / 2, "C": (-6 - 3) / 2})
 
 
 def test_unseen_candidates_take_the_mean_of_their_subject() -> None:
@@ -54,5 +60,5 @@ def test_unseen_candidates_take_the_mean_of_their_subject() -> None:
 
 def test_questions_with_fewer_candidates_stay_padded() -> None:
     data = rows(({"A": -1.0, "B": -2.0, "C": -3.0}, None), ({"A": -3.0, "B": -2.0}, None))
-    after = calibrated(scores_of(data), data, means_of(candidate_sums(data)))
+    after = calibrated(scores_of(data), data, means_of(candidate_sums(data), prior=0))
     assert after.logps[0].tolist() == [[1.0, 0.0, 0.0], [-1.0, 0.0, -np.inf]]
