@@ -17,10 +17,12 @@ def needs_of(config: Config, training: bool = True, workers: int | None = None) 
     count = engines.count(config.languages)
     takes = {"CPU": engines.cpus if size == 1 else float(size), "GPU": float(size * gpus)}
     parts = [Group("engine", count, takes)]
+    spare = DATA_CPUS  # data tasks run while workers do not
     if training:
         workers = config.train.max_workers if workers is None else workers
         cpus, own_gpus = config.train.cpus_per_worker, config.placement == "split"
         parts += [Group("worker", workers, {"CPU": cpus, "GPU": float(gpus and own_gpus)})]
-        spare = DATA_CPUS - workers * cpus
-        parts += [Group("data task", 1, {"CPU": spare})] if spare > 0 else []
+        spare -= workers * cpus
+    if spare > 0:
+        parts += [Group("data task", 1, {"CPU": spare})]
     return Needs(parts)

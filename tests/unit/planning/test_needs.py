@@ -17,7 +17,7 @@ def needs(*overrides: str, training: bool = True) -> Any:
 
 def test_engines_and_workers_add_up() -> None:
     assert needs().total == {"CPU": 14.0, "GPU": 14.0}
-    assert needs(training=False).total == {"CPU": 6.0, "GPU": 6.0}
+    assert needs(training=False).total == {"CPU": 6.5, "GPU": 6.0}  # engines, and a data task
     assert needs("engines.tensor_parallel_size=2").total == {"CPU": 20.0, "GPU": 20.0}
     assert needs_of(load_config(None)).total["GPU"] == 0
 
