@@ -43,10 +43,9 @@ def _of_subject(answers: Mapping[str, Mapping[str, str | None]], gold: Mapping[s
 def subject_tables(rounds: list[dict[str, Any]]) -> Iterator[Table]:
     """Yields a table of the first and the last round by subject, if there are at least two and not too many."""
     found = [(entry["round"], entry["by_subject"]) for entry in rounds if entry.get("by_subject")]
+    languages = list(rounds[0].get("accuracy", {}))
     if not found or len(found[0][1]) > MAX_SUBJECTS:
         return
-    known = [report["accuracy"] for report in found[0][1].values()]
-    languages = list(known[0] or {})
     table = plain_table("held-out questions by subject, percent")
     for name in ("subject", "questions", "round", *languages, "mean", "Consis-\ntency_2"):
         table.add_column(name, justify="left" if name == "subject" else "right", no_wrap=True)

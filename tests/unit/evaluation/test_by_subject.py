@@ -37,7 +37,11 @@ def test_without_gold_answers_only_consistency_is_known() -> None:
 
 def test_table_has_first_and_last_round(capsys: pytest.CaptureFixture[str]) -> None:
     rounds = [
-        {"round": number, "by_subject": subject_report(answers(en, "AAC"), SUBJECTS, GOLD)}
+        {
+            "round": number,
+            "accuracy": {"en": 0.5, "fr": 0.5},
+            "by_subject": subject_report(answers(en, "AAC"), SUBJECTS, GOLD),
+        }
         for number, en in enumerate(("---", "A--", "ABC"))
     ]
     (table,) = subject_tables(rounds)
