@@ -50,8 +50,7 @@ def count_audit(ballots: Ballots, election: Election, right: Ints) -> Counter[st
     calibrated = own / np.maximum(own.mean(axis=1, keepdims=True), 1e-9)
     counts = count_sources(own, right, languages, RAW, {VOTE: _mean})
     counts.update(count_sources(calibrated, right, languages, CALIBRATED, {VOTE: _mean}))
-    answers = election.alone.winner.reshape(-1, len(languages)).T
-    counts.update(count_answers(TARGET, together.winner, together.agreement, answers, right))
+    counts.update(count_answers(TARGET, together.counts.astype(np.float64), own, right, together.winner))
     bins = np.minimum((together.agreement * BINS).astype(np.int64), BINS - 1)
     known = (right != NO_ANSWER) & (together.winner != NO_ANSWER)
     for name, rows in (("known", known), ("right", known & (together.winner == right))):

@@ -169,9 +169,7 @@ def count_target(scores: Scores, optimal: Floats) -> Counter[str]:
     languages, each beside the reference's answers in all languages."""
     counts: Counter[str] = Counter()
     for fitted in probabilities(optimal):
-        counts.update(
-            count_answers(TARGET, fitted.argmax(axis=1), fitted.max(axis=1), scores.logps.argmax(axis=2), scores.right)
-        )
+        counts.update(count_answers(TARGET, fitted, probabilities(scores.logps), scores.right))
     return counts
 
 

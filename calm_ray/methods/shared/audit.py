@@ -34,8 +34,9 @@ class Worth(TypedDict):
     accuracy: float | None
     """None without gold answers."""
     agreement: float
-    """How often a language gives the same answer, in the mean over the languages; a language alone is compared with
-    the others."""
+    """How likely an answer drawn from the source is also drawn from a language, in the mean over the languages; a
+    language alone is compared with the others. Unlike how often the most likely answers are the same, this counts the
+    less, the less sure both are."""
     confidence: float
     """Mean probability of the answer. Far above the accuracy, the source is overconfident."""
 
@@ -75,11 +76,9 @@ def count_sources(
     answers, negative if unknown, and `kind` says whether the distributions are raw or calibrated.
     """
     counts: Counter[str] = Counter()
-    answers = answers_of(own)
     for name, distribution in _sources(own, languages, pools):
         others = [i for i, code in enumerate(languages) if code != name]
-        confidence = distribution.max(axis=1) / np.maximum(distribution.sum(axis=1), 1e-9)
-        counts.update(count_answers(f"{kind}/{name}", answers_of(distribution), confidence, answers[others], right))
+        counts.update(count_answers(f"{kind}/{name}", distribution, own[others], right))
     return counts
 
 
@@ -95,18 +94,25 @@ def _sources(own: Floats, languages: Sequence[str], pools: Mapping[str, Pool]) -
             yield f"{name}{suffix}", pool(own[group])
 
 
-def count_answers(key: str, answer: Ints, confidence: Floats, others: Ints, right: Ints) -> Counter[str]:
-    """Counts a source's answers [Q], negative where it has none, beside those of some languages [l, Q]."""
-    agreeing = float(((others == answer) & (answer >= 0)).mean(axis=0).sum()) if len(others) else 0.0
+def count_answers(key: str, source: Floats, others: Floats, right: Ints, answer: Ints | None = None) -> Counter[str]:
+    """Counts a source's answers, with its distribution [Q, K], beside the distributions of some languages [l, Q, K].
+
+    Distributions need not add up to 1; one of zeros is no answer. `answer` [Q] defaults to the most likely one.
+    """
+    answer, drawn = answers_of(source) if answer is None else answer, _normalized(source)
     return Counter(
         {
             f"{key}/questions": len(answer),
             f"{key}/known": int((right >= 0).sum()),
             f"{key}/right": int(((right >= 0) & (answer == right)).sum()),
-            f"{key}/agreement": agreeing,
-            f"{key}/confidence": float(confidence.sum()),
+            f"{key}/agreement": float((drawn * _normalized(others).mean(axis=0)).sum()) if len(others) else 0.0,
+            f"{key}/confidence": float(drawn.max(axis=1).sum()),
         }
     )
+
+
+def _normalized(distributions: Floats) -> Floats:
+    return np.asarray(distributions / np.maximum(distributions.sum(axis=-1, keepdims=True), 1e-9))
 
 
 def audit_report(counts: Mapping[str, float]) -> Report:
