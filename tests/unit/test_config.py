@@ -57,9 +57,12 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert "train.epochs" in str(raised.value)
 
 
+AUTO = "engines.refresh=auto"
+
+
 @pytest.mark.parametrize(
     ("overrides", "uses_adapters"),
-    [(["device=gpu"], True), (["device=cpu"], False), (["device=gpu", "train.lora=null"], False),
+    [(["device=gpu", AUTO], True), (["device=cpu", AUTO], False), (["device=gpu", "train.lora=null", AUTO], False),
      (["device=cpu", "engines.refresh=adapter"], True), (["device=gpu", "engines.refresh=merged"], False)],
 )  # fmt: skip
 def test_engines_use_adapters_where_they_are_fast(overrides: list[str], uses_adapters: bool) -> None:
