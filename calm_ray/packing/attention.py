@@ -6,6 +6,7 @@ Registered with transformers as `varlen`, for models that call attention through
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,8 +42,7 @@ def varlen_attention(
     max_length_q: int,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    segments: Tensor | None = None,
-    places: Tensor | None = None,
+    blocks: Blocks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each block of a packed batch.
@@ -53,9 +53,11 @@ def varlen_attention(
     """
     if softcap is not None:
         raise ValueError("this model caps its attention scores (softcap); set train.attention: eager")
-    if segments is None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if blocks is None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    return _per_block(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window, segments, places), None
+    if blocks is None:
+        blocks = Blocks(cu_seq_lens_q.tolist())
+    return _per_block(query, key, value, blocks, scaling, sliding_window), None
 
 
 def arguments(batch: PackedBatch) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def arguments(batch: PackedBatch) -> dict[str, Any]:
     lengths = {"cu_seq_lens": batch.boundaries, "max_length": batch.longest}
     found: dict[str, Any] = {f"{name}_{side}": value for name, value in lengths.items() for side in ("q", "k")}
     if batch.segments is not None:
-        found |= {"segments": batch.segments, "places": batch.position_ids[0]}
+        found["blocks"] = Blocks(batch.boundaries.tolist(), batch.segments, batch.position_ids[0])
     return found
 
 
@@ -87,23 +89,36 @@ def _flash(
     return output.unsqueeze(0)
 
 
+class Blocks:
+    """The blocks of a batch, with their masks, which all layers share."""
+
+    def __init__(self, boundaries: list[int], segments: Tensor | None = None, places: Tensor | None = None) -> None:
+        """`segments` and `places` [T] are those of a batch with shared prompts, and its positions."""
+        self._bounds = list(itertools.pairwise(boundaries))
+        self._segments, self._places = segments, places
+        self._masks: dict[int | None, list[Tensor | None]] = {}
+
+    def masked(self, window: int | None) -> Iterator[tuple[int, int, Tensor | None]]:
+        """Yields each block's start, end and mask (`_mask`)."""
+        if window not in self._masks:
+            self._masks[window] = [self._mask(start, end, window) for start, end in self._bounds]
+        for (start, end), mask in zip(self._bounds, self._masks[window], strict=True):
+            yield start, end, mask
+
+    def _mask(self, start: int, end: int, window: int | None) -> Tensor | None:
+        if self._segments is None or self._places is None or self._segments[start] < 0:
+            return _mask(torch.arange(end - start), None, window)
+        return _mask(self._places[start:end], self._segments[start:end], window)
+
+
 def _per_block(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    boundaries: list[int],
-    scaling: float | None,
-    window: int | None,
-    segments: Tensor | None,
-    places: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scaling: float | None, window: int | None
 ) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     outputs = []
-    for start, end in itertools.pairwise(boundaries):
+    for start, end, mask in blocks.masked(window):
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        own = None if segments is None or segments[start] < 0 else segments[start:end]
-        at = torch.arange(end - start, device=q.device) if own is None or places is None else places[start:end]
-        mask = _mask(at, own, window)
+        mask = mask if mask is None else mask.to(q.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
