@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def run(recipe: str, name: str, storage: str, overrides: list[str]) -> list[Row]:
-    """Runs, or goes on with, one alignment and returns its held-out questions."""
+    """Runs or resumes one alignment and returns its held-out questions."""
     summary_of("calm.py", name, storage, [recipe, *overrides])
     config = load_config(recipe, [f"name={name}", f"storage={storage}", *overrides])
     answering: Any = config.evaluation[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from calm_ray.packing import attention
-from calm_ray.packing.batch import IGNORED, Branch, pack, packed_tokens
+from calm_ray.packing.batch import IGNORED, Branch, pack, packed_tokens, split_into_packs
 from calm_ray.run.model_files import require_safetensors
 from calm_ray.run.policies import Policy, RunModel
 
@@ -38,7 +38,9 @@ class TorchScorer:
         """Yields the summed log-probabilities, in nats, of each prompt's candidates."""
         self._load(policy)
         rows = [Candidates(prompt, tuple(map(Branch, candidates))) for prompt, candidates in jobs]
-        for part in _packs(rows):
+        sizes = [packed_tokens(row, share_prompts=True) for row in rows]
+        for numbers in split_into_packs(range(len(rows)), sizes, PACK_TOKENS):
+            part = [rows[number] for number in numbers]
             logps = iter(self._logps(part))
             for row in part:
                 yield [next(logps) for _ in row.branches]
@@ -80,18 +82,3 @@ class TorchScorer:
             require_safetensors(adapter)
             model = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True).merge_and_unload()
         self._model, self._loaded = model.eval(), policy.name
-
-
-def _packs(rows: Sequence[Candidates]) -> Iterator[list[Candidates]]:
-    """Yields rows in order, as many at a time as fit into a forward pass."""
-    part: list[Candidates] = []
-    tokens = 0
-    for row in rows:
-        size = packed_tokens(row, share_prompts=True)
-        if part and tokens + size > PACK_TOKENS:
-            yield part
-            part, tokens = [], 0
-        part.append(row)
-        tokens += size
-    if part:
-        yield part

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from calm_ray.core.rows import BASE_POLICY
 from calm_ray.engines.generator import Decoding, Generated, Likelihoods
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.torch_scorer import TorchScorer
@@ -30,7 +29,6 @@ class VLLMGenerator:
         self._llm = LLM(**engine_args(spec, self._folder))
         self._adapter: Any = None
         self._scorer = self._torch_scorer()
-        self.policy = BASE_POLICY
         self._policy = Policy()
         self.steps = 0
         """Engine steps so far. A busy engine is alive as long as this grows."""
@@ -46,6 +44,11 @@ class VLLMGenerator:
             return step()
 
         self._llm.llm_engine.step = counted
+
+    @property
+    def policy(self) -> str:
+        """Name of the loaded policy."""
+        return self._policy.name
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -64,7 +67,7 @@ class VLLMGenerator:
             self._swap_adapter(policy)
         else:
             self._reload_weights(policy)
-        self.policy, self._policy = policy.name, policy
+        self._policy = policy
         evict_policies({policy.name})
 
     def _swap_adapter(self, policy: Policy) -> None:

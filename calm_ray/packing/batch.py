@@ -78,6 +78,19 @@ def packed_tokens(row: Row, *, share_prompts: bool) -> int:
     return len(row.prompt) * len(row.branches) + branches
 
 
+def split_into_packs(items: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Groups items into packs of at most `limit` tokens; a larger item gets a pack to itself."""
+    packs: list[list[int]] = []
+    room = 0
+    for item in items:
+        if not packs or sizes[item] > room:
+            packs.append([])
+            room = limit
+        packs[-1].append(item)
+        room -= sizes[item]
+    return packs
+
+
 def _is_shared(row: Row) -> bool:
     return len(row.branches) > 1 and len(row.prompt) > 1
 

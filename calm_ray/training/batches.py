@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from calm_ray.core.seeds import derive_seed, rng_of
+from calm_ray.packing.batch import split_into_packs
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -25,19 +26,6 @@ def assign(sizes: Sequence[int], workers: int) -> list[list[int]]:
         shares[worker].append(item)
         load[worker] += sizes[item]
     return shares
-
-
-def split_into_packs(items: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Groups items into packs of at most `limit` tokens; a larger item gets a pack to itself."""
-    packs: list[list[int]] = []
-    room = 0
-    for item in items:
-        if not packs or sizes[item] > room:
-            packs.append([])
-            room = limit
-        packs[-1].append(item)
-        room -= sizes[item]
-    return packs
 
 
 def worker_packs(sizes: Sequence[int], worker: int, workers: int, limit: int) -> list[list[int]]:

@@ -64,14 +64,14 @@ def translate_winners(drafts: Sequence[Draft], questions: Questions, translator:
 def reworded_losers(drafts: Sequence[Draft], questions: Questions) -> list[str]:
     """The text of each draft's chosen side in the loser's language, for answers in a model's own words: the losing text
     with the winning choice in place of its own."""
-    texts = []
-    for draft in drafts:
-        loser, answer = draft.loser, draft.winner["answer"]
-        assert answer is not None
-        choices = questions[loser["question_id"], loser["language"]]["choices"]
-        reworded = with_choice(loser["text"], loser["language"], choices, LETTERS.index(answer))
-        texts.append(reworded if draft.is_translated else draft.winner["text"])
-    return texts
+    return [_reworded(draft, questions) if draft.is_translated else draft.winner["text"] for draft in drafts]
+
+
+def _reworded(draft: Draft, questions: Questions) -> str:
+    loser, answer = draft.loser, draft.winner["answer"]
+    assert answer is not None
+    choices = questions[loser["question_id"], loser["language"]]["choices"]
+    return with_choice(loser["text"], loser["language"], choices, LETTERS.index(answer))
 
 
 def _passage(draft: Draft, questions: Questions) -> Passage:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from calm_ray.core.console import console, say
+from calm_ray.evaluation.ranking import probabilities
 from calm_ray.evaluation.tables import percent, plain_table
 
 Floats = NDArray[np.float64]
@@ -55,9 +56,7 @@ def vote(own: Floats) -> Floats:
 def product(own: Floats) -> Floats:
     """The normalized product of the languages' distributions [L, Q, K]."""
     with np.errstate(divide="ignore"):
-        logps = np.log(own).sum(axis=0)
-    weights = np.exp(logps - logps.max(axis=1, keepdims=True))
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+        return probabilities(np.log(own).sum(axis=0))
 
 
 def answers_of(distribution: Floats) -> Ints:

@@ -8,14 +8,13 @@ from hypothesis import strategies as st
 
 from calm_ray.core.errors import CalmRayError
 from calm_ray.core.rows import Dialogue, table
-from calm_ray.packing.batch import IGNORED, Branch, pack, packed_tokens
+from calm_ray.packing.batch import IGNORED, Branch, pack, packed_tokens, split_into_packs
 from calm_ray.run.stage import Stage
 from calm_ray.run.storage import Storage
 from calm_ray.training.batches import (
     assign,
     epoch_order,
     is_validation,
-    split_into_packs,
     worker_packs,
 )
 from calm_ray.training.trees import Comparison, read_trees, tree_of_dialogue, tree_of_pair
