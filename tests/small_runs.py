@@ -19,10 +19,12 @@ from calm_ray.core.sections import Lora
 from calm_ray.demo.generator import build_world, world_questions
 from calm_ray.run.directory import RunDirectory
 from calm_ray.run.policies import Policy, publish
+from calm_ray.run.storage import Storage
 
 if TYPE_CHECKING:
     from calm_ray.engines.actor import EngineActor
     from calm_ray.engines.generator import Likelihoods
+    from calm_ray.training.model import PolicyModel
 
 LANGUAGES = ["en", "fr"]
 MOMENTS = int(os.environ.get("MOMENTS", "1"))
@@ -151,6 +153,19 @@ def make_adapter(model: Path, folder: Path, run: RunDirectory, round_number: int
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     return publish(folder, run.storage, f"policies/{round_number}", round_number, "adapter")
+
+
+def random_adapters(trainer: PolicyModel, folder: Path, std: float) -> list[Policy]:
+    """The base model, and two adapters with weights large enough to change its output."""
+    policies = [Policy()]
+    for number in (1, 2):
+        trainer.load(Policy(), seed=number)
+        for name, parameter in trainer.adapter_parameters():
+            if ".lora_B." in name:
+                parameter.detach().to_local().normal_(std=std)  # type: ignore[attr-defined]
+        trainer.save(folder / str(number))
+        policies.append(publish(folder / str(number), Storage(str(folder)), f"published/{number}", number, "adapter"))
+    return policies
 
 
 def scoring_engine() -> type[EngineActor]:

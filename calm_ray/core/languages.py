@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from calm_ray.core.errors import InputError
+
 
 @dataclass(frozen=True)
 class Language:
@@ -474,3 +476,11 @@ def language_code(name: str) -> str | None:
     Ignores case, region and script.
     """
     return _CODES.get(re.split("[-_]", name.strip().lower(), maxsplit=1)[0])
+
+
+def language_row(name: str) -> Language:
+    """Returns the row of a code, or of a dataset's alias for one. Raises InputError if the table has none."""
+    code = language_code(name)
+    if code is None:
+        raise InputError(f"language {name!r} is not in the language table; known are {', '.join(LANGUAGES)}")
+    return LANGUAGES[code]

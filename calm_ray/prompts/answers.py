@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from calm_ray.core.errors import InputError
-from calm_ray.core.languages import LANGUAGES, Language, language_code
+from calm_ray.core.languages import Language, language_row
 from calm_ray.prompts.questions import LETTERS
 
 # Allowed around a marker or a letter: markdown, brackets, quotes, and the invisible marks that position a Latin letter
@@ -134,10 +133,7 @@ def _by_text(letters: str, choices: tuple[str, ...]) -> dict[str, str]:
 
 @cache
 def _reader(language: str) -> _Reader:
-    code = language_code(language)
-    if code is None:
-        raise InputError(f"language {language!r} is not in the language table; known are {', '.join(LANGUAGES)}")
-    row = LANGUAGES[code]
+    row = language_row(language)
     word = row.answer_word
     spellings = {_plain(form) for form in (word, word.lower(), word.upper(), word.capitalize())}
     lead, letter = (re.compile(pattern, re.MULTILINE) for pattern in (_lead(row), _letter(row)))

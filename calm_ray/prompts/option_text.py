@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from calm_ray.core.errors import InputError
-from calm_ray.core.languages import LANGUAGES, language_code
+from calm_ray.core.languages import language_row
 
 _WORD = re.compile(r"[^\W_]+")
 Span = tuple[int, int]
@@ -59,11 +58,8 @@ def _is_inside(span: Span, spans: Sequence[Sequence[Span]]) -> bool:
 
 @lru_cache(maxsize=4096)  # completions of the same question come in sequence
 def _choices(language: str, choices: tuple[str, ...]) -> list[_Choice]:
-    code = language_code(language)
-    if code is None:
-        raise InputError(f"language {language!r} is not in the language table; known are {', '.join(LANGUAGES)}")
     # Scripts without spaces have no word boundaries.
-    before, after = (r"(?<![^\W_])", r"(?![^\W_])") if LANGUAGES[code].space else ("", "")
+    before, after = (r"(?<![^\W_])", r"(?![^\W_])") if language_row(language).space else ("", "")
     texts = [_plain(choice).strip() for choice in choices]
     words = [set(_WORD.findall(text.casefold())) for text in texts]
     occurrences = Counter(word for own in words for word in own)

@@ -10,7 +10,7 @@ import ray
 import torch
 import torch.distributed as dist
 from factories import tree
-from small_runs import scoring_engine
+from small_runs import random_adapters, scoring_engine
 
 pytest.importorskip("babel", reason="needs the extra atlas")
 
@@ -21,8 +21,7 @@ from calm_ray.demo.atlas.questions import build_atlas
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.packing.batch import pack
 from calm_ray.prompts.candidates import CandidateForm, as_choices
-from calm_ray.run.policies import Policy, RunModel, publish
-from calm_ray.run.storage import Storage
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.training.model import PolicyModel
 
 LORA = Lora(r=16, alpha=32, targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
@@ -41,16 +40,7 @@ def trainer(atlas_folder: Path) -> Iterator[PolicyModel]:
 
 @pytest.fixture(scope="module")
 def policies(trainer: PolicyModel, tmp_path_factory: pytest.TempPathFactory) -> list[Policy]:
-    folder = tmp_path_factory.mktemp("policies")
-    found = [Policy()]
-    for number in (1, 2):
-        trainer.load(Policy(), seed=number)
-        for name, parameter in trainer.adapter_parameters():
-            if ".lora_B." in name:
-                parameter.detach().to_local().normal_(std=0.04)  # type: ignore[attr-defined]
-        trainer.save(folder / str(number))
-        found.append(publish(folder / str(number), Storage(str(folder)), f"published/{number}", number, "adapter"))
-    return found
+    return random_adapters(trainer, tmp_path_factory.mktemp("policies"), std=0.04)
 
 
 @pytest.mark.slow

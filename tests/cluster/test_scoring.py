@@ -12,15 +12,14 @@ import ray
 import torch
 import torch.distributed as dist
 from factories import tree
-from small_runs import scoring_engine
+from small_runs import random_adapters, scoring_engine
 
 from calm_ray.core.sections import Engines, Lora, Train
 from calm_ray.engines.generator import Likelihoods
 from calm_ray.engines.spec import EngineSpec
 from calm_ray.engines.vllm import MAX_LABELS
 from calm_ray.packing.batch import pack
-from calm_ray.run.policies import Policy, RunModel, publish
-from calm_ray.run.storage import Storage
+from calm_ray.run.policies import Policy, RunModel
 from calm_ray.testing import word_tokenizer, write_tiny_model
 from calm_ray.training.model import PolicyModel
 
@@ -47,17 +46,7 @@ def trainer(model: Path) -> Iterator[PolicyModel]:
 
 @pytest.fixture(scope="module")
 def policies(trainer: PolicyModel, tmp_path_factory: pytest.TempPathFactory) -> list[Policy]:
-    """The base model, and two adapters with weights large enough to change its output."""
-    folder = tmp_path_factory.mktemp("policies")
-    policies = [Policy()]
-    for number in (1, 2):
-        trainer.load(Policy(), seed=number)
-        for name, parameter in trainer.adapter_parameters():
-            if ".lora_B." in name:
-                parameter.detach().to_local().normal_(std=0.1)  # type: ignore[attr-defined]
-        trainer.save(folder / str(number))
-        policies.append(publish(folder / str(number), Storage(str(folder)), f"published/{number}", number, "adapter"))
-    return policies
+    return random_adapters(trainer, tmp_path_factory.mktemp("policies"), std=0.1)
 
 
 @pytest.fixture(scope="module", params=["adapter", pytest.param("merged", marks=pytest.mark.slow)])
